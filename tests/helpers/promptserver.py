@@ -10,7 +10,7 @@ Shapes: D tokens of a prompt, V vocabulary.
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,17 @@ import torch
 from torch import Tensor
 
 Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Teller:
+    """How a server tells log-probabilities of what it writes. `names`: the bytes of each id;
+    `prompt_ids`: of a request."""
+
+    ids_of: Callable[[str], list[int]]
+    names: Mapping[int, bytes]
+    prompt_ids: Callable[[Answer], list[int]] = lambda _request: [5]
+    end_id: int | None = None  # that is told as well, as vLLM's server does
 
 
 class Fault(NamedTuple):
@@ -42,6 +53,7 @@ class PromptServer:
 
     logprobs_of: Callable[[list[int]], Tensor]
     reply: Callable[[Answer], tuple[str, str]] = lambda _request: ("", "stop")
+    teller: Teller | None = None  # None: it tells nothing
     names: tuple[str, ...] = ("toy",)
     max_model_len: int | None = None
     key: str | None = None  # that a request must have
@@ -100,12 +112,52 @@ class PromptServer:
     def written(self, request: Answer) -> Answer:
         """An answer that costs a token for each byte of its JSON, and ten around a prompt."""
         text, finish = self.reply(request)
-        choice = {"index": 0, "finish_reason": finish}
+        choice: Answer = {"index": 0, "finish_reason": finish}
+        if request.get("logprobs") and self.teller is not None:
+            choice["logprobs"] = self.told(request, text, finish, self.teller)
         is_chat = "messages" in request
         said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         num_asked, num_written = num_tokens_of(request), len(text.encode(errors="replace"))
         usage = {"prompt_tokens": num_asked, "completion_tokens": num_written}
         return {"model": request["model"], "choices": [choice | said], "usage": usage}
+
+    def told(self, request: Answer, text: str, finish: str, teller: Teller) -> Answer:
+        """Token by token: of a chat with bytes, of a text without."""
+        # what was sampled, and the likeliest in the place of each
+        prompt, ids = teller.prompt_ids(request), teller.ids_of(text)
+        ids += [teller.end_id] if finish == "stop" and teller.end_id is not None else []
+        is_chat = "messages" in request
+        num_top = request["top_logprobs"] if is_chat else request["logprobs"]
+        with self.lock:
+            logprobs_NV = self.logprobs_of(prompt + ids)[len(prompt) - 1 : -1]
+        top = logprobs_NV.topk(num_top, dim=1)
+        sampled = [float(logprobs_NV[place, token]) for place, token in enumerate(ids)]
+        tops = [
+            [*zip(entries, values, strict=True)]
+            for entries, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+        # in the form of either route
+        names = {number: name.decode(errors="replace") for number, name in teller.names.items()}
+        if not is_chat:
+            return {
+                "tokens": [names[token] for token in ids],
+                "token_logprobs": sampled,
+                "top_logprobs": [
+                    {names[each]: value for each, value in [*pairs, (token, own)]}
+                    for pairs, token, own in zip(tops, ids, sampled, strict=True)
+                ],
+            }
+
+        def entry(token: int, logprob: float) -> Answer:
+            name = teller.names[token]
+            return {"token": names[token], "logprob": logprob, "bytes": [*name]}
+
+        content = [
+            entry(token, own) | {"top_logprobs": [entry(*pair) for pair in pairs]}
+            for pairs, token, own in zip(tops, ids, sampled, strict=True)
+        ]
+        return {"content": content}
 
 
 def num_tokens_of(request: Answer) -> int:

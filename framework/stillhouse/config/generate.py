@@ -24,7 +24,7 @@ from stillhouse.config.graders import (
 from stillhouse.config.models import PoolSection
 from stillhouse.config.reading import read_values, validated
 from stillhouse.config.sections import ClusterSection
-from stillhouse.config.servers import ChatSection
+from stillhouse.config.servers import WritingSection
 from stillhouse.config.vllm import VllmSection
 
 
@@ -86,7 +86,7 @@ class WriterSection(PoolSection):
         description="what runs the writer: transformers, vllm, openai (a server with OpenAI's chat "
         "API), or 'package.module:name', a WriterEngine of your own",
     )
-    openai: ChatSection | None = Field(
+    openai: WritingSection | None = Field(
         None,
         description='the server of engine = "openai"; `model` then has the tokenizer of those who '
         "will learn from it",
@@ -165,7 +165,7 @@ def load_generate_config(
     for name, field in GenerateConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             known[name] = list(field.annotation.model_fields)
-    tables: dict[str, type[Section]] = {"writer.vllm": VllmSection, "writer.openai": ChatSection}
+    tables: dict[str, type[Section]] = {"writer.vllm": VllmSection, "writer.openai": WritingSection}
     known |= {name: list(section.model_fields) for name, section in tables.items()}
     for kind, section in SECTIONS_BY_KIND.items():
         known[f"graders.{kind}"] = list(section.model_fields)

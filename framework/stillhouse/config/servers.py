@@ -91,7 +91,7 @@ class ScoringSection(ServerSection):
 
 
 class ChatSection(ServerSection):
-    """A server that writes: its chat completions for conversations, its completions for texts."""
+    """A server that answers: its chat completions for conversations, its completions for texts."""
 
     request: dict[str, str | bool | int | float] = Field(
         {},
@@ -109,3 +109,14 @@ class ChatSection(ServerSection):
     @property
     def usd_in_and_out(self) -> tuple[float, float]:
         return self.usd_per_million_input_tokens, self.usd_per_million_output_tokens
+
+
+class WritingSection(ChatSection):
+    """A server that writes samples."""
+
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(
+        0,
+        description="the likeliest tokens to be told, with their log-probabilities, in the place "
+        "of each token that it writes, from which a student can learn where each is one id of "
+        "`model`'s tokenizer; 0: it gives text alone",
+    )

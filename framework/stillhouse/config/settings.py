@@ -13,7 +13,7 @@ from stillhouse.config.fields import Section
 from stillhouse.config.generate import PromptsSection, SamplingSection, WriterSection
 from stillhouse.config.graders import SECTIONS_BY_KIND, AcceptSection, DecontaminateSection
 from stillhouse.config.sections import Config, section_types
-from stillhouse.config.servers import ChatSection
+from stillhouse.config.servers import WritingSection
 from stillhouse.config.vllm import VllmSection
 from stillhouse.errors import ConfigError
 
@@ -21,7 +21,7 @@ _ALONE: Mapping[str, Mapping[str, type[Section]]] = {  # that are listed for the
     "prompts": {"prompts": PromptsSection},
     "writer": {
         "writer": WriterSection,
-        "writer.openai": ChatSection,
+        "writer.openai": WritingSection,
         "writer.vllm": VllmSection,
     },
     "sampling": {"sampling": SamplingSection},

@@ -14,6 +14,7 @@ from stillhouse.models import (
     vocabulary_digest,
 )
 from stillhouse.models.generation import context_length, end_ids
+from stillhouse.models.token_bytes import bytes_by_id
 from stillhouse.pipeline.planning import number_format, pinned, tokenising, tokenizer_of
 from stillhouse.sequences.prompts import Prompts, prepare_prompts
 from stillhouse.store.rollout_recipe import RolloutRecipe
@@ -61,6 +62,8 @@ def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -
     identity = writer_named(config.writer.engine).identity(config.writer, cache_dir=cache_dir)
     writer, sampling = pinned(config.writer, identity), config.sampling
     tokenizer = tokenizer_of(writer)
+    if config.writer.openai and config.writer.openai.top_logprobs:
+        bytes_by_id(tokenizer)  # which a server's tokens are compared with
     longest = None if is_served else context_length(writer)
     if longest is not None and sampling.sequence_length > longest:
         raise ConfigError(
@@ -97,6 +100,7 @@ def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -
         writer_kind=identity.kind,
         writer_digest=identity.digest,
         writer_numerics=number_format(config.writer),
+        top_logprobs=config.writer.openai.top_logprobs if config.writer.openai else 0,
     )
     store = config.store.model_copy(update={"url": absolute_url(config.store.url)})
     config = config.model_copy(update={"writer": writer, "store": store})

@@ -7,10 +7,12 @@ from typing import Any
 
 from stillhouse.errors import ServerError
 from stillhouse.servers.client import Question, Tokens
+from stillhouse.servers.told import ToldToken, told_of
 
 # A token has a byte at least. Beyond them a template adds some to each message.
 _TOKENS_A_MESSAGE, _TOKENS_AROUND = 32, 256
-_BYTES_A_TOKEN, _OTHER_BYTES = 64, 4 << 20  # of an answer at most, in JSON
+# of an answer at most, in JSON
+_BYTES_A_TOKEN, _BYTES_AN_ENTRY, _OTHER_BYTES = 64, 1024, 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,26 +21,33 @@ class Reply:
 
     text: str  # empty where it gives none, such as a call of a tool alone
     finish: str  # "stop", "length", or another reason
+    told: tuple[ToldToken, ...] | None = None  # of each token; None where it tells nothing
 
 
 def chat_question(
-    messages: Sequence[Mapping[str, Any]], *, max_tokens: int, **fields: Any
+    messages: Sequence[Mapping[str, Any]], *, max_tokens: int, num_told: int = 0, **fields: Any
 ) -> Question:
-    """A reply to a conversation. `fields` may have `max_completion_tokens`, which then counts."""
+    """A reply to a conversation. `fields` may have `max_completion_tokens`, which then counts.
+    `num_told`: entries to be told with each token."""
+    if num_told:
+        fields = {"logprobs": True, "top_logprobs": num_told} | fields
     most = sum(_TOKENS_A_MESSAGE + _num_bytes(message) for message in messages)
     most += _num_bytes(fields)
     # the newer name, which servers that have it take alone
     newer = fields.get("max_completion_tokens")
     named = {"max_tokens": max_tokens} if newer is None else {}
     asked = {"messages": [*messages], **named} | fields
-    most_written = max_tokens if newer is None else int(newer)
-    return _question("chat/completions", asked, most_prompt=most, most_written=most_written)
+    tokens = Tokens(most, max_tokens if newer is None else int(newer))
+    return _question("chat/completions", asked, tokens, num_told=num_told)
 
 
-def text_question(text: str, *, max_tokens: int, **fields: Any) -> Question:
-    """What follows a text."""
+def text_question(text: str, *, max_tokens: int, num_told: int = 0, **fields: Any) -> Question:
+    """What follows a text. `num_told`: entries to be told with each token."""
+    if num_told:
+        fields = {"logprobs": num_told} | fields
     asked = {"prompt": text, "max_tokens": max_tokens} | fields
-    return _question("completions", asked, most_prompt=_num_bytes(text), most_written=max_tokens)
+    tokens = Tokens(_num_bytes(text), max_tokens)
+    return _question("completions", asked, tokens, num_told=num_told)
 
 
 def reply_of(body: Any) -> Reply:
@@ -47,7 +56,11 @@ def reply_of(body: Any) -> Reply:
         choice = body["choices"][0]
         message = choice.get("message")
         text = choice["text"] if message is None else message.get("content")
-        return Reply(text if isinstance(text, str) else "", str(choice.get("finish_reason")))
+        return Reply(
+            text if isinstance(text, str) else "",
+            str(choice.get("finish_reason")),
+            told_of(choice.get("logprobs")),
+        )
     except (LookupError, TypeError, AttributeError):
         raise ServerError(
             f"the server gives no completion, but {str(body)[:500]!r}; wanted one with the routes "
@@ -55,14 +68,14 @@ def reply_of(body: Any) -> Reply:
         ) from None
 
 
-def _question(
-    route: str, fields: dict[str, Any], *, most_prompt: int, most_written: int
-) -> Question:
+def _question(route: str, fields: dict[str, Any], tokens: Tokens, *, num_told: int) -> Question:
+    """`tokens`: at most, but for those around a prompt."""
+    num_bytes = _BYTES_A_TOKEN + (_BYTES_AN_ENTRY * (num_told + 1) if num_told else 0)
     return Question(
         route,
         fields,
-        Tokens(most_prompt + _TOKENS_AROUND, most_written),
-        most_bytes=_OTHER_BYTES + _BYTES_A_TOKEN * most_written,
+        Tokens(tokens.prompt + _TOKENS_AROUND, tokens.written),
+        most_bytes=_OTHER_BYTES + num_bytes * tokens.written,
         wanted="a server that takes it: shorter, or with other settings",
     )
 

@@ -33,6 +33,9 @@ class Sample:
     # of each, under the distribution that it was drawn from; NaN where a server does not tell
     logprobs: NDArray[np.float32]
     ended: bool  # False: it was cut at max_new_tokens
+    # where a server told them: the likeliest in the place of each, in the form of `store.rollouts`
+    top_logprobs_NK: NDArray[np.float32] | None = None
+    top_ids_NK: NDArray[np.int32] | None = None
 
 
 class WriterEngine(Protocol):

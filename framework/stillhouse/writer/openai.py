@@ -1,5 +1,5 @@
 """`OpenAIWriter`: a model behind a server with OpenAI's API writes; its text is tokenised for those
-who learn from it.
+who learn from it, unless the server tells its tokens and all of them are theirs.
 
 A chat's messages go to /chat/completions, a text to /completions. What was paid for is kept in the
 store until its shard is published.
@@ -7,9 +7,11 @@ store until its shard is published.
 
 import hashlib
 import json
+import logging
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,25 @@ import xxhash
 
 from stillhouse.cluster.environment import secret_in
 from stillhouse.config.generate import WriterSection
-from stillhouse.config.servers import ChatSection
+from stillhouse.config.servers import WritingSection
+from stillhouse.errors import ServerError
 from stillhouse.models import ModelIdentity, load_tokenizer
 from stillhouse.models.identity import is_local
+from stillhouse.models.token_bytes import token_map
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.servers.access import access_of
 from stillhouse.servers.answers import Answers
 from stillhouse.servers.chat import Reply, chat_question, reply_of, text_question
 from stillhouse.servers.client import BEFORE_A_RUN, Access, Question, Server
 from stillhouse.servers.desk import all_answers
+from stillhouse.servers.told import told_in, told_in_json
 from stillhouse.store.recipe import canonical_json
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.writer.engine import Prompt, Sample
+from stillhouse.writer.told import NotToldError, told_sample
+
+_log = logging.getLogger(__name__)
 
 _TABLE = "writer.openai"
 _MOST_SEED = 2**31 - 1  # what all servers take
@@ -39,7 +47,8 @@ _MOST_SEED = 2**31 - 1  # what all servers take
 class OpenAIWriter:
     """A writer on a server. Construction sends no request.
 
-    Log-probabilities are not known: the server's tokens are not those of the student's tokenizer.
+    Log-probabilities are known of a sample all of whose tokens, as the server tells them, are ids
+    of the student's tokenizer. Of others the text alone is.
     """
 
     digest: str | None = None  # nothing is loaded here
@@ -63,6 +72,9 @@ class OpenAIWriter:
         )
         own = self._tokenizer.eos_token_id
         self._end_id = own if own in recipe.end_ids else recipe.end_ids[0]
+        self._token_map = (
+            token_map(self._tokenizer, end_ids=recipe.end_ids) if recipe.top_logprobs else None
+        )
 
         # the server, and what is kept; what costs nothing is not
         store = RolloutStore(store_url, recipe)
@@ -106,13 +118,24 @@ class OpenAIWriter:
         ]
         replies = all_answers(self._reply, asked, num_threads=self._options.max_in_flight)
         self.tidy()  # the shards before this one are published
-        return [self._sample(reply) for reply in replies]
+        reasons = Counter[str]()
+        samples = [self._sample(reply, reasons) for reply in replies]
+        if self._token_map is not None:
+            counts = [f"{count} {reason}" for reason, count in reasons.most_common()]
+            _log.info("%s", "; ".join([f"of {len(samples)} samples", *counts]))
+        return samples
 
     def prove(self, prompt: Prompt) -> None:
         """Ask for one token. Raises ServerError where the server cannot be used."""
         one_token = replace(self._recipe, max_new_tokens=1)
         question = _question(prompt.source, 0, self._options, one_token)
-        self._server.ask(question, read=reply_of, stop=threading.Event())
+        reply = self._server.ask(question, read=reply_of, stop=threading.Event())
+        if self._token_map is not None and reply.text and not reply.told:
+            raise ServerError(
+                f"the server tells no log-probabilities of what it writes, and {_TABLE}."
+                f"top_logprobs is {self._recipe.top_logprobs}; wanted a server and a model whose "
+                "answers have them: set top_logprobs to 0 to learn from the text alone"
+            )
 
     def tidy(self) -> None:
         """Delete the answers that are kept of published shards, if the store lets it."""
@@ -131,18 +154,30 @@ class OpenAIWriter:
         if self._answers is not None:
             kept = self._answers.read(shard, digest)
             if isinstance(kept.get("text"), str) and isinstance(kept.get("finish"), str):
-                return Reply(kept["text"], kept["finish"])
+                return Reply(kept["text"], kept["finish"], told_in(kept.get("told")))
 
         # bought, and kept where it was paid for
         reply = self._server.ask(question, read=reply_of, stop=stop)
         if self._answers is not None:
-            self._answers.keep(shard, digest, asdict(reply))
+            told = {} if reply.told is None else {"told": told_in_json(reply.told)}
+            self._answers.keep(shard, digest, {"text": reply.text, "finish": reply.finish} | told)
         return reply
 
-    def _sample(self, reply: Reply) -> Sample | None:
-        """A reply as ids; what says that it is special stays text."""
+    def _sample(self, reply: Reply, reasons: Counter[str]) -> Sample | None:
+        """A reply as ids. It is counted by whether it has log-probabilities, and why not."""
         if reply.finish not in ("stop", "length"):
             return None  # withheld, or a call of a tool
+        if self._token_map is not None:
+            try:
+                sample = told_sample(reply, self._token_map, self._recipe, end_id=self._end_id)
+                reasons["with log-probabilities"] += 1
+                return sample
+            except NotToldError as error:
+                reasons[str(error)] += 1
+        return self._of_text(reply)
+
+    def _of_text(self, reply: Reply) -> Sample | None:
+        """A text as ids; what says that it is special stays text."""
         encoded = self._tokenizer(
             reply.text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
@@ -156,7 +191,7 @@ class OpenAIWriter:
         return Sample(ids, np.full(len(ids), np.nan, np.float32), ended)
 
 
-def options_of(section: WriterSection) -> ChatSection:
+def options_of(section: WriterSection) -> WritingSection:
     assert section.openai is not None, "the config wants it with this engine"
     return section.openai
 
@@ -167,20 +202,21 @@ def _digest_of(question: Question) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(values))
 
 
-def _question(source: str, seed: int, options: ChatSection, recipe: RolloutRecipe) -> Question:
+def _question(source: str, seed: int, options: WritingSection, recipe: RolloutRecipe) -> Question:
     """What is asked for one sample of a prompt, whose `source` this is."""
     fields: dict[str, Any] = {
         "max_tokens": recipe.max_new_tokens,
         "temperature": recipe.temperature,
         "top_p": recipe.top_p,
         "seed": seed & _MOST_SEED,
+        "num_told": recipe.top_logprobs,
     }
     asked = json.loads(source)
     ask = text_question if "text" in asked else chat_question
     return ask(**asked, **(fields | options.request))
 
 
-def most_usd(options: ChatSection, recipe: RolloutRecipe, sources: Iterable[str]) -> float:
+def most_usd(options: WritingSection, recipe: RolloutRecipe, sources: Iterable[str]) -> float:
     """What all samples of these prompts may cost at most, if no answer is lost on its way."""
     prompt_usd, written_usd = options.usd_in_and_out
     most = [_question(source, 0, options, recipe).most_tokens for source in sources]

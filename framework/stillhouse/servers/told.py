@@ -1,0 +1,86 @@
+"""What a server that writes tells of its own tokens: each one that it sampled, and the likeliest in
+its place, with their log-probabilities.
+
+A chat completion has them under `content`, each as a text and, where the server can, its bytes:
+
+    {"content": [{"token": "Hi", "bytes": [72, 105], "logprob": -0.1, "top_logprobs": [...]}]}
+
+A completion has texts alone: {"tokens": [...], "token_logprobs": [...], "top_logprobs": [{...}]}.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Entry(NamedTuple):
+    """A token as a server names it."""
+
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class ToldToken:
+    """A token that was sampled, and the likeliest ones in its place."""
+
+    sampled: Entry
+    top: tuple[Entry, ...]
+
+
+def told_of(logprobs: Any) -> tuple[ToldToken, ...] | None:
+    """What the `logprobs` of a choice say; None where they say nothing, or no finite numbers."""
+    try:
+        if "tokens" in logprobs:
+            return _of_completion(logprobs)
+        return tuple(
+            ToldToken(_entry(each), tuple(map(_entry, each["top_logprobs"])))
+            for each in logprobs["content"]
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def told_in_json(told: tuple[ToldToken, ...]) -> list[list[list[Any]]]:
+    """For each token a list of pairs: the sampled one, then the likeliest; bytes as hexadecimal
+    digits."""
+    return [
+        [[token.hex(), logprob] for token, logprob in (each.sampled, *each.top)] for each in told
+    ]
+
+
+def told_in(values: Any) -> tuple[ToldToken, ...] | None:
+    """What `told_in_json` wrote; None where it is something else."""
+    try:
+        found = [
+            [Entry(bytes.fromhex(token), _finite(logprob)) for token, logprob in entries]
+            for entries in values
+        ]
+        return tuple(ToldToken(entries[0], tuple(entries[1:])) for entries in found)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _of_completion(logprobs: Mapping[str, Any]) -> tuple[ToldToken, ...]:
+    columns = logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"]
+    return tuple(
+        ToldToken(
+            Entry(token.encode(), _finite(logprob)),
+            tuple(Entry(name.encode(), _finite(each)) for name, each in top.items()),
+        )
+        for token, logprob, top in zip(*columns, strict=True)
+    )
+
+
+def _entry(values: Mapping[str, Any]) -> Entry:
+    given = values.get("bytes")
+    token = values["token"].encode() if given is None else bytes(given)
+    return Entry(token, _finite(values["logprob"]))
+
+
+def _finite(logprob: Any) -> float:
+    number = float(logprob)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no log-probability")
+    return number
