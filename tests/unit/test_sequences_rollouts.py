@@ -15,6 +15,7 @@ from stillhouse.errors import CorpusError, StoreError
 from stillhouse.models import vocabulary_digest
 from stillhouse.sequence import Sequences
 from stillhouse.sequences import Split, prepare_corpus
+from stillhouse.sequences.accepted import accepted
 from stillhouse.sequences.source import CorpusSource, whole
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED
@@ -169,3 +170,16 @@ def test_rollouts_of_another_store_keep_their_place() -> None:
     parts = CorpusSection.model_validate(values).in_store("/runs/store").parts()
     assert [each.dataset for each in parts] == ["rollouts:///runs/store/0123456789abcdef", other]
     assert {each.format for each in parts} == {"tokens"}
+
+
+def test_a_view_that_does_not_ask_for_log_probabilities_keeps_its_identity(
+    store: RolloutStore, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The digest of `[corpus.accept]` without settings, by which stores are named already."""
+
+    def identity(**accept: Any) -> str:
+        section = section_of(store, accept=accept)
+        return accepted(store, section, tokenizer, cache_dir=tmp_path).identity
+
+    assert identity() == "125da736d5b4d0fc6cb36fbd624b0005f22f6bed02c6caf3a6dc5d7e70740922"
+    assert identity(with_logprobs=True) != identity()

@@ -29,6 +29,7 @@ def samples_of(
     *,
     scores: Mapping[str, list[float]] | None = None,
     finish: list[int] | None = None,
+    told: list[bool] | None = None,
     ids: list[list[int]] | None = None,
     contaminated: list[bool] | None = None,
 ) -> Samples:
@@ -39,6 +40,7 @@ def samples_of(
         prompts_S=np.array(prompts, np.int64),
         numbers_S=np.array(numbers, np.int64),
         finish_S=np.array(finish or [0] * num, np.uint8),
+        told_S=np.array(told or [False] * num, bool),
         scores={name: np.array(each, float) for name, each in (scores or {}).items()},
         fingerprints=fingerprints_of([np.array(each, np.int32) for each in ids]),
         contaminated_S=np.array(contaminated or [False] * num, bool),
@@ -62,6 +64,7 @@ def recorded(draw: st.DrawFn) -> Samples:
         [number for _, number in names],
         scores={name: each(st.sampled_from([0.0, 0.5, 1.0])) for name in ("a", "b")},
         finish=each(st.integers(0, 2)),
+        told=each(st.booleans()),
         ids=each(st.lists(st.integers(0, 2), max_size=7)),
         contaminated=each(st.booleans()),
     )
@@ -73,6 +76,7 @@ RULES = st.builds(
         st.sampled_from(["a", "b"]), st.sampled_from([0.0, 0.5, 1.0]), min_size=1
     ),
     keep_unfinished=st.booleans(),
+    with_logprobs=st.booleans(),
     best_of=st.none() | st.integers(1, 4),
     most_a_prompt=st.none() | st.integers(1, 3),
     keep_repeats=st.booleans(),
@@ -121,6 +125,7 @@ def shard_of(samples: Samples, place: int) -> Samples:
         prompts_S=samples.prompts_S[one],
         numbers_S=samples.numbers_S[one],
         finish_S=samples.finish_S[one],
+        told_S=samples.told_S[one],
         scores={name: each[one] for name, each in samples.scores.items()},
         fingerprints=Fingerprints(prints.digests_S[one], prints.signatures_SH[one]),
         contaminated_S=samples.contaminated_S[one],
@@ -148,6 +153,7 @@ def test_what_is_kept_is_what_the_rule_allows(samples: Samples, rule: AcceptSect
     kept = found.kept_K
     assert not samples.contaminated_S[kept].any()
     assert set(samples.finish_S[kept].tolist()) <= ({0, 1} if rule.keep_unfinished else {0})
+    assert samples.told_S[kept].all() or not rule.with_logprobs
     for name, least in rule.min_score.items():
         assert (samples.scores[name][kept] >= least).all()
     if not rule.keep_repeats:
@@ -159,30 +165,36 @@ def test_what_is_kept_is_what_the_rule_allows(samples: Samples, rule: AcceptSect
 
 def test_every_reason_is_counted_in_its_order_and_the_first_one_counts() -> None:
     samples = samples_of(
-        [1] * 10,
-        [*range(10)],
-        scores={"maths": [1, 1, 0, 1, 1, 1, 1, 1, 1, 1], "judge": [1, 0, 0, 0, 1, 1, 1, 1, 1, 1]},
-        finish=[2, 1, 1, 0, 0, 0, 0, 0, 0, 0],
-        ids=[*([n] for n in range(5)), [7] * 50, [7] * 50, [7] * 51, [8], [9]],
-        contaminated=[True, True, True, True, True, False, False, False, False, False],
+        [1] * 11,
+        [*range(11)],
+        scores={"maths": [1, 1, 0, *[1] * 8], "judge": [1, 0, 0, 0, *[1] * 7]},
+        finish=[2, 1, 1, *[0] * 8],
+        told=[False] * 5 + [True] * 6,
+        ids=[*([n] for n in range(6)), [7] * 50, [7] * 50, [7] * 51, [8], [9]],
+        contaminated=[True] * 6 + [False] * 5,
     )
     rule = AcceptSection(
-        min_score={"maths": 0.5, "judge": 0.5}, best_of=9, most_a_prompt=1, similarity=0.9
+        min_score={"maths": 0.5, "judge": 0.5},
+        with_logprobs=True,
+        best_of=10,
+        most_a_prompt=1,
+        similarity=0.9,
     )
     found = select(samples, rule)
-    assert named(samples, found) == [(1, 5)]
+    assert named(samples, found) == [(1, 6)]
     assert found.drops == {
         "set aside by its writer": 1,
         "cut at the longest length": 2,
         "below the least score of judge": 1,
         "below the least score of maths": 0,
+        "without log-probabilities of its writer": 1,
         "a passage of a test set": 1,
         "beyond the first best_of": 1,
         "the tokens of another": 1,
         "much like another": 1,
         "more than are kept of a prompt": 1,
     }
-    assert (found.prompts_P.tolist(), found.rejection_P.tolist()) == ([1], [0.4])
+    assert (found.prompts_P.tolist(), found.rejection_P.tolist()) == ([1], [4 / 11])
 
 
 def test_the_best_of_a_prompts_first_samples_is_kept() -> None:

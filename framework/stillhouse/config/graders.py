@@ -209,6 +209,11 @@ class AcceptSection(Section):
     keep_unfinished: bool = Field(
         False, description="also accept samples that were cut at the longest length"
     )
+    with_logprobs: bool = Field(
+        False,
+        description="only samples of which the writer's server told the log-probabilities, which "
+        'teacher.engine = "rollouts" learns from',
+    )
     best_of: Count | None = Field(
         None,
         description="of each prompt's first so many samples, the best by the mean score of the "

@@ -68,8 +68,9 @@ def accepted(
     words = Decontamination(section.decontaminate or DecontaminateSection(), test_sets)
 
     # its identity, and then the view
+    new = set() if rule.with_logprobs else {"with_logprobs"}  # views that do without keep theirs
     parts = [
-        rule.model_dump(mode="json"),
+        rule.model_dump(mode="json", exclude=new),
         {name: hashlib.sha256(scores_S.tobytes()).hexdigest() for name, scores_S in scores.items()},
         {name: _digest(test_set) for name, test_set in test_sets.items()},
         [words.rule.max_share, words.rule.passage_words],
@@ -144,6 +145,7 @@ def _recorded(
         prompts_S=rollouts.prompts_S,
         numbers_S=rollouts.samples_S,
         finish_S=rollouts.finish_S,
+        told_S=rollouts.told_rows,
         scores=scores,
         fingerprints=prints,
         contaminated_S=contaminated_S,
