@@ -12,7 +12,7 @@ import pytest
 from helpers.models import make_model
 
 OUTSIDE = str(Path(__file__).parents[1] / "outside")
-ENGINES = ("transformers", "text", "own_parts.engine:PlainEngine")
+ENGINES = ("transformers", "text", "rollouts", "own_parts.engine:PlainEngine")
 SOURCES = ("corpus", "own_parts.source:sums")
 
 if OUTSIDE not in sys.path:

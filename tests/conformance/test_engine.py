@@ -11,24 +11,62 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.rollouts import make_shard, small_rollout_recipe
 from stillhouse.config import TeacherSection
 from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.choice import engine_named
+from stillhouse.engines.openai_scores import documents_of
 from stillhouse.engines.probe import require_same_teacher
 from stillhouse.logits import CompressedLogits, concatenate, decode
 from stillhouse.models import load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
+from stillhouse.store.rollout_store import RolloutStore
+from stillhouse.store.rollouts import ENDED, NOT_TOLD
 
 S, L = 4, 24
 ROUNDING = 2e-3  # nats: of 8 bits for a log-probability, and of float32
 
 
 @pytest.fixture
-def section(engine_name: str, teacher_dir: Path) -> TeacherSection:
-    return TeacherSection(
+def section(engine_name: str, teacher_dir: Path, tmp_path: Path) -> TeacherSection:
+    section = TeacherSection(
         model=str(teacher_dir), engine=engine_name, dtype="float32", batch_sequences=3
     )
+    if engine_name != "rollouts":
+        return section
+    return section.model_copy(update={"rollouts": told_by(section, tmp_path / "rollouts")})
+
+
+def told_by(section: TeacherSection, folder: Path) -> str:
+    """Rollouts with each document of an item, and what the model says of it."""
+    # the documents, each a rollout
+    recipe = small_rollout_recipe(
+        num_prompts=2 * (S - 1), shard_prompts=S, samples=1, sequence_length=L,
+        max_new_tokens=L - 1, vocab_size=300, writer_kind="api", top_logprobs=10,
+    )  # fmt: skip
+    item = item_of(vocab_size=recipe.vocab_size)
+    logprobs_TV = distributions_of(item, section, vocab_size=recipe.vocab_size)
+    top = logprobs_TV.topk(recipe.top_logprobs, dim=1)
+    shards, start = [make_shard(recipe, number) for number in range(recipe.num_shards)], 0
+    for number, document in enumerate(documents_of(item)):
+        shard, row = shards[number // S], number % S
+        end = len(document.token_ids_D)
+        shard.sequences.token_ids_SL[row, :end] = document.token_ids_D
+        shard.sequences.loss_mask_SL[row] = np.arange(L) < end - 1
+
+        # and what is told of it
+        told = slice(start, start + end - 1)
+        shard.finish_S[row], shard.sampled_logprobs_SL[row] = ENDED, 0.0
+        assert shard.told is not None
+        shard.told.ids_SLK[row], shard.told.logprobs_SLK[row] = NOT_TOLD, np.nan
+        shard.told.ids_SLK[row, : end - 1] = top.indices[told]
+        shard.told.logprobs_SLK[row, : end - 1] = top.values[told]
+        start += end - 1
+    store = RolloutStore.create(str(folder), recipe)
+    for shard in shards:
+        store.publish(shard)
+    return f"rollouts://{folder}/{recipe.fingerprint[:16]}"
 
 
 @pytest.fixture
@@ -67,9 +105,10 @@ def built(section: TeacherSection, recipe: Recipe, folder: Path) -> TeacherEngin
     )
 
 
-def item_of(recipe: Recipe, number: int = 2) -> WorkItem:
+def item_of(*, vocab_size: int) -> WorkItem:
     """Two documents a row, a row without a target, and ids of the whole vocabulary."""
-    ids_SL = np.random.default_rng(number).integers(0, recipe.vocab_size, (S, L), dtype=np.int32)
+    number = 2
+    ids_SL = np.random.default_rng(number).integers(0, vocab_size, (S, L), dtype=np.int32)
     positions_SL = np.tile(np.r_[np.arange(L // 3), np.arange(L - L // 3)].astype(np.int32), (S, 1))
     mask_SL = np.ones((S, L), np.uint8)
     mask_SL[:, [L // 3 - 1, L - 1]] = 0
@@ -109,7 +148,7 @@ def one_hot(labels_T: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
 def test_there_is_one_record_for_each_target_in_row_major_order(
     engine: TeacherEngine, recipe: Recipe
 ) -> None:
-    item = item_of(recipe)
+    item = item_of(vocab_size=recipe.vocab_size)
     together = records_of(engine, item)
     assert (together.dtype, together.shape) == (
         torch.uint8,
@@ -128,12 +167,12 @@ def test_there_is_one_record_for_each_target_in_row_major_order(
 def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
     engine: TeacherEngine, recipe: Recipe, section: TeacherSection
 ) -> None:
-    item = item_of(recipe)
+    item = item_of(vocab_size=recipe.vocab_size)
     labels_SL = np.roll(item.sequences.token_ids_SL, -1, axis=1).astype(np.int64)
     labels_T = torch.from_numpy(labels_SL[item.sequences.loss_mask_SL == 1])
     wanted_TV = (
         distributions_of(item, section, vocab_size=recipe.vocab_size)
-        if section.has_weights
+        if section.scored_by is not None
         else one_hot(labels_T, vocab_size=recipe.vocab_size)
     )
     found = targets_of(engine, item, recipe)
@@ -160,18 +199,21 @@ def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
 def test_an_item_without_a_target_has_a_part_without_rows(
     engine: TeacherEngine, recipe: Recipe
 ) -> None:
-    assert records_of(engine, item_of(recipe).without(range(S))).shape == (
+    assert records_of(engine, item_of(vocab_size=recipe.vocab_size).without(range(S))).shape == (
         0,
         recipe.spec.bytes_per_token,
     )
 
 
 def test_the_same_item_gives_the_same_records(engine: TeacherEngine, recipe: Recipe) -> None:
-    assert torch.equal(records_of(engine, item_of(recipe)), records_of(engine, item_of(recipe)))
+    assert torch.equal(
+        records_of(engine, item_of(vocab_size=recipe.vocab_size)),
+        records_of(engine, item_of(vocab_size=recipe.vocab_size)),
+    )
 
 
 def test_draws_depend_on_the_place_in_the_plan(engine: TeacherEngine, recipe: Recipe) -> None:
-    here = item_of(recipe)
+    here = item_of(vocab_size=recipe.vocab_size)
     elsewhere = replace(here, number=here.number + 1)
     ours, others = targets_of(engine, here, recipe), targets_of(engine, elsewhere, recipe)
     assert torch.equal(ours.token_ids_TK, others.token_ids_TK)
@@ -181,7 +223,7 @@ def test_draws_depend_on_the_place_in_the_plan(engine: TeacherEngine, recipe: Re
 def test_every_part_brings_a_sample_of_its_first_targets(
     engine: TeacherEngine, recipe: Recipe
 ) -> None:
-    for part in engine.records(item_of(recipe)):
+    for part in engine.records(item_of(vocab_size=recipe.vocab_size)):
         assert min(1, len(part.records_TB)) <= part.sample.num_tokens <= len(part.records_TB)
         written = decode(part.records_TB[: part.sample.num_tokens].cpu(), recipe.spec)
         assert torch.equal(

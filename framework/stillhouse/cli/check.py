@@ -110,6 +110,10 @@ def _models(plan: Plan, found: Findings) -> None:
 def _without_weights(section: TeacherSection, name: str) -> str:
     if section.openai is not None:
         return f"{name}: scored by the server at {section.openai.base_url}, which has the weights"
+    if section.rollouts is not None:
+        return (
+            f"none: the targets are what was told with {section.rollouts}; {name} has the tokenizer"
+        )
     return f"none: the target is the next token of the text; {name} has the tokenizer"
 
 

@@ -93,7 +93,7 @@ class PoolSection(ModelSection):
     @property
     def has_weights(self) -> bool:
         """Whether the weights of `model` are loaded; without, it has the tokenizer alone."""
-        return self.engine not in ("openai", "text")
+        return self.engine not in ("openai", "text", "rollouts")
 
     @field_validator("engine")
     @classmethod
@@ -148,18 +148,22 @@ class TeacherSection(PoolSection):
     """The teacher and its pool of actors."""
 
     table = "teacher"
-    engines = (*_ENGINES, "text")
+    engines = (*_ENGINES, "text", "rollouts")
 
     engine: str = Field(
         "transformers",
         description="what runs the teacher: transformers, vllm, openai (a server that scores "
         "prompts), text (no model: the target is the next token of the text, and `model` has the "
-        "tokenizer), or 'package.module:name', a TeacherEngine of your own",
+        "tokenizer), rollouts (no model: what the writer's API told of its own text, and `model` "
+        "has the tokenizer), or 'package.module:name', a TeacherEngine of your own",
     )
     openai: ScoringSection | None = Field(
         None,
         description='the server of engine = "openai"; `model` then has the tokenizer, and names '
         "the teacher together with `revision` and served_model",
+    )
+    rollouts: Name | None = Field(
+        None, description='those of engine = "rollouts"; none: corpus.dataset, as it has to be'
     )
     batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
     block_tokens: BlockSize = Field(
@@ -183,5 +187,8 @@ class TeacherSection(PoolSection):
 
     @property
     def scored_by(self) -> str | None:
-        """The model whose distributions are the targets; None: the text itself is the target."""
+        """The model whose distributions are the targets, or the rollouts that hold them; None: the
+        text itself is the target."""
+        if self.rollouts is not None:
+            return f"rollouts {self.rollouts.rpartition('/')[2]}"
         return None if self.engine == "text" else self.model

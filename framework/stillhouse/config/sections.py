@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.config.corpus import CorpusSection, DataSection
+from stillhouse.config.corpus import ROLLOUTS, CorpusSection, DataSection
 from stillhouse.config.fields import (
     DIVERGENCES,
     BatchSize,
@@ -199,6 +199,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_an_api_told_is_of_the_corpus(self) -> "Config":
+        if self.teacher.engine == "rollouts":
+            _require_told(self)
+        elif self.teacher.rollouts is not None:
+            raise ValueError(
+                f'teacher.rollouts is set, but teacher.engine is "{self.teacher.engine}"; set it '
+                'to "rollouts", or leave teacher.rollouts out'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_divergence_can_use_the_target(self) -> "Config":
         student = self.student
         uses_entries_only = student.divergence in DIVERGENCES[1:] and student.divergence_weight > 0
@@ -231,6 +242,40 @@ def _require_text_alone(config: Config) -> None:
         raise ValueError(
             "evaluate.control trains a second student on the text alone, and with "
             'teacher.engine = "text" the student is that one; leave it out'
+        )
+
+
+def _require_told(config: Config) -> None:
+    corpus, target, found, wanted = config.corpus, config.target, list[str](), list[str]()
+    # samples of one data set, whole, of which something was told
+    if not corpus.dataset.startswith(ROLLOUTS) or corpus.source != "corpus" or corpus.mixed_with:
+        raise ValueError(
+            'teacher.engine is "rollouts", which learns what a writer told of its own text, but '
+            f"the corpus is {corpus.dataset}, source {corpus.source}, mixed with "
+            f"{len(corpus.mixed_with)} more; wanted rollouts alone, as in corpus.dataset = "
+            f'"{ROLLOUTS}0123456789abcdef"'
+        )
+    if config.teacher.rollouts not in (None, corpus.dataset):
+        raise ValueError(
+            f"teacher.rollouts is {config.teacher.rollouts}, and corpus.dataset is "
+            f"{corpus.dataset}; leave teacher.rollouts out"
+        )
+    if corpus.packing:
+        found.append("corpus.packing is true, which cuts samples")
+        wanted += ["[corpus]", "packing = false"]
+    if corpus.accept is None or not corpus.accept.with_logprobs:
+        found.append("corpus.accept takes samples of which nothing was told")
+        wanted += ["[corpus.accept]", "with_logprobs = true"]
+
+    # the entries that were told, and the tail as one bucket
+    if target.tail_draws:
+        found.append(f"target.tail_draws is {target.tail_draws}")
+        wanted += ["[target]", "tail_draws = 0"]
+    if found:
+        lines = "".join(f"\n      {line}" for line in wanted)
+        raise ValueError(
+            'teacher.engine is "rollouts", whose targets are the likeliest tokens that an API told '
+            f"of whole samples; {', '.join(found)}; write{lines}"
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stillhouse.config import TeacherSection
 from stillhouse.engines.probe import Probe
+from stillhouse.errors import ConfigError
 from stillhouse.logits import Backend, CompressedLogits, TargetSpec, encode, token_seeds
 from stillhouse.models import ModelIdentity
 from stillhouse.sequence import Sequences, WorkItem
@@ -100,6 +101,18 @@ def encoded(parts: Iterable[CompressedLogits], spec: TargetSpec) -> Iterator[Rec
         # a clone, since a view would keep the whole part in memory
         sample = targets.map(lambda tensor: tensor[:SAMPLE_TOKENS].clone())
         yield Records(encode(targets, spec), sample)
+
+
+def require_no_gpu(section: TeacherSection) -> None:
+    """Raise ConfigError where an engine without a model is given a GPU."""
+    if section.device == "cuda" or section.num_gpus:
+        found = (
+            'device is "cuda"' if section.device == "cuda" else f"num_gpus is {section.num_gpus:g}"
+        )
+        raise ConfigError(
+            f'teacher.{found}, but the engine "{section.engine}" has no model to run on a GPU; '
+            "leave device and num_gpus out"
+        )
 
 
 def draw_seeds(item: WorkItem, recipe: Recipe) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
 from stillhouse.engines.openai import OpenAIEngine
+from stillhouse.engines.rollouts import RolloutsEngine
 from stillhouse.engines.text import TextEngine
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.engines.vllm import VllmEngine
@@ -16,6 +17,7 @@ _BUILT_IN: Mapping[str, type[TeacherEngine]] = {
     "vllm": VllmEngine,
     "openai": OpenAIEngine,
     "text": TextEngine,
+    "rollouts": RolloutsEngine,
 }
 _MEMBERS = ("describe", "identity", "records", "probe", "backend")
 

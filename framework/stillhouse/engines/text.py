@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from stillhouse.config import TeacherSection
-from stillhouse.engines.base import Capabilities, Records, encoded, probe_item
+from stillhouse.engines.base import Capabilities, Records, encoded, probe_item, require_no_gpu
 from stillhouse.engines.probe import Probe
-from stillhouse.errors import ConfigError
 from stillhouse.logits import Backend, CompressedLogits
 from stillhouse.models import ModelIdentity
 from stillhouse.sequence import WorkItem
@@ -37,7 +36,7 @@ class TextEngine:
 
     @classmethod
     def describe(cls, section: TeacherSection, /) -> Capabilities:
-        _require_no_gpu(section)
+        require_no_gpu(section)
         return Capabilities(most_entries=1, draws=False, temperatures=False)
 
     @classmethod
@@ -67,14 +66,3 @@ class TextEngine:
 
     def backend(self) -> Backend:
         return Backend("text", "the target is the next token of the text")
-
-
-def _require_no_gpu(section: TeacherSection) -> None:
-    if section.device == "cuda" or section.num_gpus:
-        found = (
-            'device is "cuda"' if section.device == "cuda" else f"num_gpus is {section.num_gpus:g}"
-        )
-        raise ConfigError(
-            f'teacher.{found}, but the engine "text" has no model to run on a GPU; leave device '
-            "and num_gpus out"
-        )

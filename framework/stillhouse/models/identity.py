@@ -31,7 +31,7 @@ WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
     """Of a model from the hub its commit, of a local one the hash of its files, of one behind an
-    API that of its names; where no model is asked, that of the rule for a target."""
+    API that of its names; where no model is asked, that of the rule for a target, and of facts."""
 
     digest: str
     revision: str | None  # the commit to load; None for a local model

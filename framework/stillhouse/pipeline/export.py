@@ -92,6 +92,7 @@ def model_card(
     its run's journal."""
     # what it learned from, and how
     teacher = config.teacher.scored_by
+    number_format = config.teacher.dtype if config.teacher.has_weights else recipe.teacher_dtype
     lesson = (
         "the text alone"
         if role == "control" or teacher is None
@@ -103,7 +104,7 @@ def model_card(
     taught_by = "" if teacher is None else f", distilled from {Path(teacher).name}"
     facts = {
         "student": f"{short_name(config.student.model)} (from {_beginning(config.student)})",
-        "teacher": teacher and f"{short_name(teacher)}, {config.teacher.dtype}",
+        "teacher": teacher and f"{short_name(teacher)}, {number_format}",
         "data": f"{data}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens",
         "loss": _loss(config.student, recipe),
         "optimiser steps": f"{steps:,} of {config.student.global_batch_sequences} sequences",
@@ -131,7 +132,7 @@ def card_data(config: Config, *, adapter: bool = False) -> ModelCardData:
     """The card's metadata, as the hub reads it: names of the hub alone, since a path of this
     machine means nothing there. Adapters that were trained beside a part of a model are not the
     model's."""
-    student = config.student
+    student, rollouts = config.student, config.teacher.rollouts
     keeps_weights = student.init != "config"
     on_hub = keeps_weights and not is_local(student)
     if adapter:
@@ -145,7 +146,7 @@ def card_data(config: Config, *, adapter: bool = False) -> ModelCardData:
         tags=["distillation", "stillhouse"],
         base_model=student.model if on_hub else None,
         base_model_relation=relation if on_hub else None,
-        teacher=None if is_local(config.teacher) else config.teacher.scored_by,
+        teacher=None if is_local(config.teacher) or rollouts else config.teacher.scored_by,
         license=licence_of(student.model) if keeps_weights else None,
         datasets=of_the_hub or None,
     )

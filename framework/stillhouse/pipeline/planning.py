@@ -22,7 +22,9 @@ from stillhouse.config import (
     TargetSection,
     TeacherSection,
 )
+from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.choice import engine_named, require_capable
+from stillhouse.engines.rollouts import require_whole_samples
 from stillhouse.errors import ConfigError, StoreError
 from stillhouse.logits import TargetSpec
 from stillhouse.losses.divergences import divergence_named
@@ -79,8 +81,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     config = _placed(config)
 
     # the models: what the engine can do, and the revisions that the run is pinned to
-    engine = engine_named(config.teacher.engine)
-    require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
+    engine = _capable_engine(config)
     identity = engine.identity(config.teacher, cache_dir=cache_dir)
     teacher = pinned(config.teacher, identity)
     student = pinned(config.student, model_identity(config.student, cache_dir=cache_dir))
@@ -135,12 +136,24 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe, why)
 
 
+def _capable_engine(config: Config) -> type[TeacherEngine]:
+    """The engine, which can make the config's targets. Raises ConfigError where it cannot."""
+    teacher, engine = config.teacher, engine_named(config.teacher.engine)
+    require_capable(engine.describe(teacher), config.target, engine=teacher.engine)
+    if teacher.rollouts is not None:
+        require_whole_samples(teacher, sequence_length=config.corpus.sequence_length)
+    return engine
+
+
 def _placed(config: Config) -> Config:
     """The config with its places as every worker sees them, and with rollouts of its store."""
     url, checkpoint_url = absolute_url(config.store.url), _absolute(config.student.checkpoint_url)
+    corpus = config.corpus.in_store(url)
+    told = corpus.dataset if config.teacher.engine == "rollouts" else None
     sections = {
         "store": config.store.model_copy(update={"url": url}),
-        "corpus": config.corpus.in_store(url),
+        "corpus": corpus,
+        "teacher": config.teacher.model_copy(update={"rollouts": told}),
         "student": config.student.model_copy(update={"checkpoint_url": checkpoint_url}),
     }
     return config.model_copy(update=sections)
@@ -212,7 +225,9 @@ def number_format(section: PoolSection) -> str:
     """A model's number format, that of its logits where it is another, and what else moves its
     distribution by more than rounding: weights quantised as they are loaded, a narrow cache. That
     of a server is not known, and the text has none."""
-    if section.openai is not None:
+    if section.openai is not None or (
+        isinstance(section, TeacherSection) and section.rollouts is not None
+    ):
         return "as served"
     if isinstance(section, TeacherSection) and section.scored_by is None:
         return "one-hot"

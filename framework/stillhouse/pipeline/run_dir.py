@@ -48,7 +48,7 @@ _MAY_CHANGE: Mapping[str, set[str]] = {
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s", "prefetch_batches", "offload_path"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "activation_checkpointing"},
     "teacher": _PLACEMENT
-    | {"engine", "python", "vllm", "openai", "compile", "pipeline"}
+    | {"engine", "python", "vllm", "openai", "rollouts", "compile", "pipeline"}
     | {"min_replicas", "max_replicas", "batch_sequences"}
     | {"max_set_aside", "lease_timeout_s", "watchdog_s"},
     "store": {"url", "window_bytes", "retain"},

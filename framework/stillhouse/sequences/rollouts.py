@@ -50,7 +50,7 @@ def documents_of_rollouts(
     """
     # what is there
     refuse_settings(section, "rollouts", ("subset", "revision", "column", "mask_column"))
-    store = _store_of(section)
+    store = rollouts_named(section.dataset)
     recipe = store.recipe
     if recipe.vocabulary_digest != vocabulary_digest(tokenizer):
         raise CorpusError(
@@ -90,8 +90,10 @@ def documents_of_rollouts(
     )
 
 
-def _store_of(section: CorpusSection) -> RolloutStore:
-    url, _, fingerprint16 = section.dataset.removeprefix(ROLLOUTS).rpartition("/")
+def rollouts_named(dataset: str) -> RolloutStore:
+    """The rollouts of a data set's name with its store, as `CorpusSection.in_store` gives it.
+    Raises RecipeError where there are none."""
+    url, _, fingerprint16 = dataset.removeprefix(ROLLOUTS).rpartition("/")
     assert url, "planning names the store"
     return open_rollouts(url, fingerprint16)
 
