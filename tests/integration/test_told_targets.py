@@ -5,6 +5,7 @@ Shapes: L tokens of a sequence, T targets, K entries, V vocabulary.
 """
 
 import json
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from helpers.buying import BRIEF
 from helpers.calls import must_not_be_called
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from helpers.promptserver import Answer, PromptServer, Teller
-from helpers.world import TinyWorld
+from helpers.world import TinyWorld, merged
 from stillhouse import pipeline
+from stillhouse.cli.generate import lines_for_a_run
 from stillhouse.config.generate import GenerateConfig
 from stillhouse.evaluation.scores import ModelName
 from stillhouse.logits import decode
@@ -31,7 +33,7 @@ from stillhouse.models.token_bytes import bytes_by_id
 from stillhouse.pipeline import Plan
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.tracking import ChunkEvent, TrainEvent, read_journal
-from stillhouse.writer.actor import computed, published
+from stillhouse.writer.actor import Written, computed, published
 from stillhouse.writer.openai import OpenAIWriter
 
 K_TOLD, K, NUM_PROMPTS, STEPS = 6, 4, 24, 3
@@ -92,8 +94,8 @@ def server(folder: Path, served: Served) -> Iterator[PromptServer]:
         yield running
 
 
-def written(server: PromptServer, folder: Path, store: Path) -> RolloutStore:
-    """What the command `generate` does, in this process."""
+def written(server: PromptServer, folder: Path, store: Path) -> dict[str, Any]:
+    """What the command `generate` does, in this process: the lines that it prints for a run."""
     openai = {"base_url": server.base_url, "served_model": "toy", "top_logprobs": K_TOLD}
     values = {
         "prompts": {"dataset": str(folder / "questions.jsonl")},
@@ -110,8 +112,11 @@ def written(server: PromptServer, folder: Path, store: Path) -> RolloutStore:
     )
     writer.prove(plan.block(0).prompts[0])
     for number in range(plan.recipe.num_shards):
-        published(rollouts, computed(rollouts, plan.block(number), writer), tell=must_not_be_called)
-    return rollouts
+        shard = computed(rollouts, plan.block(number), writer)
+        found = published(rollouts, shard, tell=must_not_be_called)
+        assert isinstance(found, Written)
+        assert (found.num_told, found.num_ended) == (8, 8)
+    return tomllib.loads("\n".join(lines_for_a_run(plan)))
 
 
 @dataclass(frozen=True)
@@ -130,21 +135,13 @@ def trained(
 ) -> Trained:
     assert ray_cluster["CPU"] >= 1
     run_dir = tmp_path_factory.mktemp("run")
-    rollouts = written(server, folder, run_dir / "store")
-    plan = tiny_world.plan(
-        run_dir / "run",
-        corpus={
-            "dataset": f"rollouts://{rollouts.recipe.fingerprint[:16]}",
-            "accept": {"with_logprobs": True},
-            "packing": False,
-            "sequence_length": 64,
-            "heldout_sequences": 2,
-        },
-        teacher={"engine": "rollouts", "model": str(folder / "tokenizer")},
-        target={"k": K, "tail_draws": 0},
-        store={"url": str(run_dir / "store"), "chunk_sequences": 8},
-        student={"max_steps": STEPS, "tail_as_bucket": True},
-    )
+    lines = written(server, folder, run_dir / "store")
+    more = {
+        "corpus": {"heldout_sequences": 2},
+        "target": {"k": K},
+        "student": {"max_steps": STEPS},
+    }
+    plan = tiny_world.plan(run_dir / "run", **merged(lines, more))
     return Trained(plan, pipeline.run(plan))
 
 

@@ -14,6 +14,7 @@ import pytest
 from helpers.models import make_model
 from helpers.rollouts import make_shard, small_rollout_recipe
 from helpers.world import TinyWorld, merged
+from stillhouse.cli.check import describe
 from stillhouse.config import TeacherSection, parse_config
 from stillhouse.engines.rollouts import RolloutsEngine
 from stillhouse.errors import ConfigError, CorpusError, TeacherError
@@ -318,6 +319,18 @@ def test_rollouts_of_which_nothing_was_told_are_refused(
     recipe = plan_of(tiny_world, tmp_path / "run", tokenizer, store).recipe
     with pytest.raises(TeacherError, match="told the log-probabilities of no sample"):
         RolloutsEngine(section, recipe, device="cpu").probe()
+
+
+def test_check_says_that_there_is_no_teacher(
+    tiny_world: TinyWorld,
+    tokenizer: str,
+    store: RolloutStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    describe(plan_of(tiny_world, tmp_path / "run", tokenizer, store))
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"none: the targets are what was told with rollouts://{store.url}" in told
 
 
 def test_card_and_label_name_the_rollouts(

@@ -48,6 +48,7 @@ class ShardEvent(RunEvent):
     seconds: float  # from the arrival of the prompts to the published shard
     replica: int
     duplicate: bool  # another publisher was there first
+    num_told: int = 0  # samples of which a server told the log-probabilities
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class Written:
     num_ended: int
     num_cut: int
     num_set_aside: int
+    num_told: int
     seconds: float
 
     @property
@@ -85,6 +86,7 @@ class Written:
             num_ended=self.num_ended,
             num_cut=self.num_cut,
             num_set_aside=self.num_set_aside,
+            num_told=self.num_told,
             seconds=self.seconds,
             replica=worker,
             duplicate=self.ref.duplicate,
@@ -169,7 +171,8 @@ def published(store: RolloutStore, shard: Computed | Found, *, tell: Tell) -> Wr
     ended, cut, aside = (
         int(np.count_nonzero(rollouts.finish_S == each)) for each in (ENDED, CUT, SET_ASIDE)
     )
-    return Written(ref, ended, cut, aside, monotonic() - began)
+    told = int(np.count_nonzero(rollouts.told_rows))
+    return Written(ref, ended, cut, aside, told, monotonic() - began)
 
 
 def spawn(
