@@ -200,8 +200,11 @@ def test_of_samples_with_the_same_tokens_the_first_is_the_target(
         store.publish(shard)
     accept = {"keep_unfinished": True}
     plan = plan_of(tiny_world, tmp_path / "run", tokenizer, store, corpus={"accept": accept})
-    found = targets_of(plan, WorkItem(0, shards[2].sequences.select(slice(0, 1))))
-    assert found.token_ids_TK.tolist() == [[0, 1, 2]] * found.num_tokens
+    last = shards[2].sequences
+    for rows in ([0], [2, 0]):  # before other shards are read, and after
+        found = targets_of(plan, WorkItem(0, last.select(np.array(rows))))
+        num_targets = last.select(slice(0, 1)).num_targets
+        assert found.token_ids_TK[-num_targets:].tolist() == [[0, 1, 2]] * num_targets
 
 
 def test_a_sequence_that_is_no_sample_is_named(

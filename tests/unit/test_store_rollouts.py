@@ -23,7 +23,7 @@ from stillhouse.store.rollout_recipe import (
     rollout_differences,
 )
 from stillhouse.store.rollout_store import RolloutStore, open_rollouts
-from stillhouse.store.rollouts import Rollouts, pack_rollouts, unpack_rollouts
+from stillhouse.store.rollouts import CUT, ENDED, Rollouts, pack_rollouts, unpack_rollouts
 
 PLACES = Path(__file__).parents[1] / "golden" / "places" / "rollouts"
 (GOLDEN,) = PLACES.rglob("*.safetensors")
@@ -214,6 +214,11 @@ def infinite(shard: Rollouts, row: int, at: int) -> None:
     shard.told.logprobs_SLK[row, at, 2] = -np.inf
 
 
+def cut_before_its_end(shard: Rollouts, row: int, _at: int) -> None:
+    assert shard.finish_S[row] == ENDED
+    shard.finish_S[row] = CUT
+
+
 def of_no_sample(shard: Rollouts, row: int, _at: int) -> None:
     assert shard.told is not None
     shard.told.ids_SLK[row, -1] = [1, 2, 3]
@@ -224,6 +229,7 @@ def of_no_sample(shard: Rollouts, row: int, _at: int) -> None:
     ("spoil", "words"),
     [
         (without_one, "for a part of a rollout"),
+        (cut_before_its_end, "for a part of a rollout"),
         (of_no_sample, "a token that was not sampled"),
         (without_an_entry, "for a part of a place"),
         (without_a_number, "for a part of a place"),

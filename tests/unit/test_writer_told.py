@@ -272,8 +272,9 @@ def above_one(reply: Reply) -> Reply:
 
 def one_above_one(reply: Reply) -> Reply:
     assert reply.told is not None
-    _, second, third = (each.token for each in reply.told[1].top)
-    return changed_top(reply, Entry(second, 0.01), Entry(third, -30.0))
+    first, second, third = (each.token for each in reply.told[1].top)
+    top = (Entry(first, -30.0), Entry(second, 0.01), Entry(third, -31.0))
+    return with_place(reply, 1, ToldToken(top[0], top))
 
 
 @pytest.mark.parametrize(

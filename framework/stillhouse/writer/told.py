@@ -75,20 +75,17 @@ def _id_of(entry: Entry, ids_of: Mapping[bytes, int]) -> int:
 
 def _top(told: ToldToken, ids_of: Mapping[bytes, int], *, num_entries: int) -> list[_Pair]:
     """The likeliest, by logprob descending, ties by id ascending."""
-    # as they are stored: float32, and a rounded 1 is 1
-    top = {_id_of(each, ids_of): min(0.0, float(np.float32(each.logprob))) for each in told.top}
+    # by id, in float32 as they are stored
+    top = {_id_of(each, ids_of): float(np.float32(each.logprob)) for each in told.top}
     if len(top) < num_entries:
         raise NotToldError("with fewer entries than were asked for")
-    sampled = {_id_of(told.sampled, ids_of): min(0.0, float(np.float32(told.sampled.logprob)))}
-    entries = sampled | top
-    raw = [each.logprob for each in (*told.top, told.sampled)]
-    mass = math.fsum(map(math.exp, entries.values()))
-    if mass > 1.0 + ROUNDING or max(raw) > ROUNDING:
+    entries = {_id_of(told.sampled, ids_of): float(np.float32(told.sampled.logprob))} | top
+    if math.fsum(math.exp(min(each, 1.0)) for each in entries.values()) > 1.0 + ROUNDING:
         raise NotToldError("with probabilities that sum to more than 1")
-    return sorted(
-        ((logprob, number) for number, logprob in entries.items()),
-        key=lambda pair: (-pair[0], pair[1]),
-    )[:num_entries]
+
+    # the best of them; a rounded 1 is 1
+    pairs = sorted((-min(each, 0.0), number) for number, each in entries.items())
+    return [(-negative, number) for negative, number in pairs[:num_entries]]
 
 
 def _sampled(told: ToldToken) -> float:
