@@ -350,7 +350,7 @@ def test_entries_lie_by_probability_and_ties_by_id(
         assert third == 71
 
 
-@pytest.mark.parametrize("logprob", [math.nan, -math.inf, None, "-1"])
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, None, "-1", -(10**400), -1e300])
 def test_a_log_probability_that_is_no_number_tells_nothing(logprob: Any) -> None:
     entry = {"token": "a", "bytes": None, "logprob": logprob}
     content = [entry | {"logprob": -1.0, "top_logprobs": [entry]}]
@@ -358,6 +358,13 @@ def test_a_log_probability_that_is_no_number_tells_nothing(logprob: Any) -> None
     found = reply_of({"choices": [choice | {"logprobs": {"content": content}}]})
     assert (found.text, found.told is None) == ("a", logprob != "-1")
     assert reply_of({"choices": [choice | {"logprobs": {"content": None}}]}).told is None
+
+
+@pytest.mark.parametrize("given", [1 << 50, [256], "a", {"a": 1}, [[97]]])
+def test_bytes_that_are_none_tell_nothing(given: Any) -> None:
+    entry = {"token": "a", "bytes": given, "logprob": -1.0, "top_logprobs": []}
+    choice = {"finish_reason": "stop", "text": "a", "logprobs": {"content": [entry]}}
+    assert reply_of({"choices": [choice]}).told is None
 
 
 def test_a_text_is_learnt_as_it_is_where_its_tokens_are_not_told(

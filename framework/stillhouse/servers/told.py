@@ -8,10 +8,11 @@ A chat completion has them under `content`, each as a text and, where the server
 A completion has texts alone: {"tokens": [...], "token_logprobs": [...], "top_logprobs": [{...}]}.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+_MOST = 1e30  # which float32 has, too
 
 
 class Entry(NamedTuple):
@@ -38,7 +39,7 @@ def told_of(logprobs: Any) -> tuple[ToldToken, ...] | None:
             ToldToken(_entry(each), tuple(map(_entry, each["top_logprobs"])))
             for each in logprobs["content"]
         )
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
@@ -75,12 +76,12 @@ def _of_completion(logprobs: Mapping[str, Any]) -> tuple[ToldToken, ...]:
 
 def _entry(values: Mapping[str, Any]) -> Entry:
     given = values.get("bytes")
-    token = values["token"].encode() if given is None else bytes(given)
+    token = values["token"].encode() if given is None else bytes([*given])
     return Entry(token, _finite(values["logprob"]))
 
 
 def _finite(logprob: Any) -> float:
     number = float(logprob)
-    if not math.isfinite(number):
+    if not abs(number) <= _MOST:
         raise ValueError(f"{number} is no log-probability")
     return number
