@@ -17,7 +17,7 @@ from helpers.world import TinyWorld, merged
 from stillhouse.cli.check import describe
 from stillhouse.config import TeacherSection, parse_config
 from stillhouse.engines.rollouts import RolloutsEngine
-from stillhouse.errors import ConfigError, CorpusError, TeacherError
+from stillhouse.errors import ConfigError, CorpusError, RecipeError, TeacherError
 from stillhouse.logits import CompressedLogits, decode
 from stillhouse.models import load_tokenizer, vocabulary_digest
 from stillhouse.pipeline import Plan
@@ -27,10 +27,12 @@ from stillhouse.pipeline.planning import resolved
 from stillhouse.pipeline.run_dir import changes_that_matter
 from stillhouse.sequence import WorkItem
 from stillhouse.sequences.source import whole
+from stillhouse.store import ChunkStore
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, NOT_TOLD, Rollouts, Told
 from stillhouse.teacher.actor import stored
+from stillhouse.teacher.first_answer import require_first_teacher
 
 K, LENGTH, NUM_PROMPTS = 5, 12, 20
 LEARNING: dict[str, Any] = {
@@ -205,6 +207,21 @@ def test_of_samples_with_the_same_tokens_the_first_is_the_target(
         found = targets_of(plan, WorkItem(0, last.select(np.array(rows))))
         num_targets = last.select(slice(0, 1)).num_targets
         assert found.token_ids_TK[-num_targets:].tolist() == [[0, 1, 2]] * num_targets
+
+
+def test_teachers_of_later_runs_are_held_to_the_first(
+    tiny_world: TinyWorld, tokenizer: str, store: RolloutStore, tmp_path: Path
+) -> None:
+    plan = plan_of(tiny_world, tmp_path / "run", tokenizer, store)
+    ChunkStore.create(plan.config.store.url, plan.recipe)
+    for _ in ("first", "later"):
+        engine = RolloutsEngine(plan.config.teacher, plan.recipe, device="cpu")
+        require_first_teacher(plan.store, engine.probe())
+    other = write(tmp_path / "store", store.recipe, salt=1)
+    section = plan_of(tiny_world, tmp_path / "other", tokenizer, other).config.teacher
+    probe = RolloutsEngine(section, plan.recipe, device="cpu").probe()
+    with pytest.raises(RecipeError, match="disagrees with the one that filled this store first"):
+        require_first_teacher(plan.store, probe)
 
 
 def test_a_sequence_that_is_no_sample_is_named(

@@ -164,7 +164,8 @@ def _store(plan: Generation, found: Findings) -> int:
     there."""
     # what will be
     recipe, store = plan.recipe, plan.config.store
-    a_shard = recipe.shard_prompts * recipe.samples * bytes_of_rollout(recipe.sequence_length)
+    a_sample = bytes_of_rollout(recipe.sequence_length, num_entries=recipe.top_logprobs)
+    a_shard = recipe.shard_prompts * recipe.samples * a_sample
     present: set[int] = set()
     near: list[list[str]] = []
 

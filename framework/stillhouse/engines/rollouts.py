@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from stillhouse.config import TeacherSection
-from stillhouse.engines.base import Capabilities, Records, encoded, require_no_gpu
+from stillhouse.engines.base import Capabilities, Records, encoded, probe_item, require_no_gpu
 from stillhouse.engines.openai_scores import Document, Scores, documents_of, targets_of
 from stillhouse.engines.probe import Probe
 from stillhouse.errors import ConfigError, TeacherError
@@ -93,9 +94,11 @@ class RolloutsEngine:
         return self._compressed([found[number] for number in range(len(documents))])
 
     def probe(self) -> Probe:
-        """What was told of the first sample."""
+        """What was told of the first sample, repeated to as many tokens as any answer has."""
         document, place = self._told.first()
-        answer = self._compressed([self._scores(document, place)])
+        told = self._compressed([self._scores(document, place)])
+        tokens_T = torch.arange(probe_item(self._recipe).sequences.num_targets) % told.num_tokens
+        answer = told.map(lambda tensor: tensor[tokens_T])
         return Probe(answer, rounding_kl=0.0, weight_hashes={})
 
     def backend(self) -> Backend:

@@ -113,9 +113,9 @@ class Rollouts:
         return tensors
 
 
-def bytes_of_rollout(length: int) -> int:
-    """Of the tensors of one rollout of so many tokens."""
-    return sum(tensor.num_bytes for tensor in _layout(1, length))
+def bytes_of_rollout(length: int, *, num_entries: int) -> int:
+    """Of the tensors of one rollout of so many tokens, with so many entries told of each."""
+    return sum(tensor.num_bytes for tensor in _layout(1, length, num_entries))
 
 
 def pack_rollouts(rollouts: Rollouts, fingerprint: str) -> bytes:
