@@ -122,7 +122,7 @@ def test_the_last_fenced_block_is_read(text: str, block: str) -> None:
 
 
 def test_a_grader_of_ones_own_that_misbehaves_costs_those_samples_alone() -> None:
-    own = section(kind=OWN, wall_s=4.0, memory_bytes=256 << 20, num_processes=2)
+    own = section(kind=OWN, wall_s=2.0, memory_bytes=256 << 20, num_processes=2)
     texts = ["0.5", "raise", "hang", "leave", "eat", "1.5", "print", "1", "nan"]
     with closing(make_grader(own)) as grader:
         found = graded(grader, samples(texts))

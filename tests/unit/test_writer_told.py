@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -419,10 +420,10 @@ def test_a_killed_writer_loses_nothing_of_what_was_told(
     )
 
     def arrived(_prompt: list[int]) -> None:
-        if len(server.requests) == 4 and process.is_alive():
+        if len(server.requests) == 4:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            connection.wait([process.sentinel])
 
     server.arrived = arrived
     process.start()

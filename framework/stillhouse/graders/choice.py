@@ -2,7 +2,7 @@
 
 import importlib.util
 from functools import partial
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from stillhouse.config.graders import (
     ExactSection,
@@ -20,10 +20,12 @@ from stillhouse.graders import exact, number
 from stillhouse.graders.base import Grader
 from stillhouse.graders.plain import Plain
 from stillhouse.graders.processes import InProcesses, Scorer
-from stillhouse.servers.client import Access
+
+if TYPE_CHECKING:  # a grader's child imports this room, and has little memory
+    from stillhouse.servers.client import Access
 
 
-def make_grader(section: GraderSection, *, access: Access | None = None) -> Grader:
+def make_grader(section: GraderSection, *, access: "Access | None" = None) -> Grader:
     """The grader of a section; `access` is a judge's, to its server.
 
     Raises ConfigError where a part of it is not installed, or is not there.
@@ -51,6 +53,7 @@ def make_grader(section: GraderSection, *, access: Access | None = None) -> Grad
             return Python(section)
         case JudgeSection():
             from stillhouse.graders.judge import Judge
+            from stillhouse.servers.client import Access
 
             return Judge(section, Access() if access is None else access)
         case OwnSection():
