@@ -60,10 +60,10 @@ system-slurm:  ## Debian's packages that `make slurm` needs, where they are miss
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; in parallel, for two cores
-	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts test-vllm
+test: $(INSTALLED)  ## the tests but those of `check`: real Ray, DeepSpeed, S3 protocol and models, small sizes; in parallel, for two cores
+	@$(MAKE) --no-print-directory --jobs=3 test-whole test-parts test-vllm
 
-# Two parts run at a time: test-vllm begins, and is installed, when the first of the others ends, which should be test-parts.
+# Three parts run at a time: each waits for the processes that it starts for about a third of its time.
 test-whole: $(INSTALLED)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos tests/e2e tests/conformance tests/fuzz
 
