@@ -18,7 +18,7 @@ from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.sequences.accepted import accepted
 from stillhouse.sequences.source import CorpusSource, whole
 from stillhouse.store.rollout_store import RolloutStore
-from stillhouse.store.rollouts import ENDED
+from stillhouse.store.rollouts import CUT, ENDED
 
 NUM_PROMPTS = 40
 
@@ -104,6 +104,19 @@ def test_what_is_left_out_is_told_by_its_reason(
             "left out: 39 samples that were cut before they ended",
             "left out: 3 samples of prompts that were set aside",
         ]
+
+
+def test_rollouts_of_which_all_were_cut_are_refused_with_the_reason(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    recipe = small_rollout_recipe(vocabulary_digest=vocabulary_digest(tokenizer))
+    store = RolloutStore.create(str(tmp_path / "store"), recipe)
+    for number in range(recipe.num_shards):
+        shard = make_shard(recipe, number)
+        shard.finish_S[shard.finish_S == ENDED] = CUT
+        store.publish(shard)
+    with pytest.raises(CorpusError, match=r"every sample is left out: 8 samples that were cut"):
+        split_of(store, tokenizer, tmp_path / "cache")
 
 
 def test_rollouts_can_be_packed_as_any_documents_can(

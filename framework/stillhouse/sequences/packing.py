@@ -138,6 +138,12 @@ def _build(
     ordered = write_corpus(directory / "train.arrow", sequences(sys.maxsize), length)
     train = ordered.shuffled(seed=section.seed)
     account.samples = None if documents.samples is None else documents.samples()
+    if account.left_out and not account.num_documents:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.left_out.items())
+        raise CorpusError(
+            f"of {section.dataset} every sample is left out: {reasons}; wanted some to learn from: "
+            "accept more of them (corpus.accept, corpus.decontaminate), or have more written"
+        )
     if account.num_tokens and not account.num_labels:
         raise CorpusError(
             f"nothing in the corpus {section.dataset} is learnt: of the {account.num_tokens} "
