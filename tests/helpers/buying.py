@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.config import ScoringSection
-from stillhouse.engines.openai import TABLE, answers_of
+from stillhouse.engines.openai import TABLE
 from stillhouse.engines.openai_desk import Desk
 from stillhouse.engines.openai_scores import Document, documents_of
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
+from stillhouse.servers.answers import answers_of
 from stillhouse.servers.client import Access, Server
 from stillhouse.servers.ledger import Ledger
 from stillhouse.store import ChunkStore

@@ -8,12 +8,16 @@ Shapes: D tokens of a prompt, V vocabulary.
 """
 
 import json
+import multiprocessing
+import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import connection
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -158,6 +162,25 @@ class PromptServer:
             for pairs, token, own in zip(tops, ids, sampled, strict=True)
         ]
         return {"content": content}
+
+
+def killed_at_request(
+    server: PromptServer, number: int, target: Callable[..., None], *arguments: object
+) -> int | None:
+    """The exit code of a process that runs `target`, and is killed when a request of this number
+    arrives, from 1: it gets no answer."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+
+    def arrived(_prompt: list[int]) -> None:
+        if len(server.requests) == number:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            connection.wait([process.sentinel])  # it is not reaped here, in another thread
+
+    server.arrived = arrived
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def num_tokens_of(request: Answer) -> int:

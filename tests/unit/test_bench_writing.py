@@ -8,6 +8,7 @@ import pytest
 
 from helpers.command import stillhouse
 from stillhouse.bench.cost import Cost
+from stillhouse.bench.random_model import RandomModel
 from stillhouse.bench.writing import (
     GENERATE,
     SORTED,
@@ -26,7 +27,7 @@ SMALL = (
 
 
 def setting_of(num_prompts: int) -> Setting:
-    return Setting(num_prompts, 512, 8, 4, 2, 300, 32, 1, "float32", "cpu", 1)
+    return Setting(num_prompts, 512, 8, 4, 2, RandomModel(300, 32, 1, "float32", "cpu", 1))
 
 
 def test_the_verb_writes_what_it_measured(tmp_path: Path) -> None:

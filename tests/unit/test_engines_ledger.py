@@ -26,9 +26,9 @@ from helpers.buying import (
 from helpers.chunks import make_chunk
 from helpers.placereader import canonical
 from helpers.promptserver import Fault, PromptServer, busy, flat
-from stillhouse.engines.openai import answers_of
 from stillhouse.engines.openai_scores import Document, Scores
 from stillhouse.errors import ServerError, StoreError
+from stillhouse.servers.answers import answers_of
 from stillhouse.servers.ledger import Ledger
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs

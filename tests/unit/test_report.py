@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.damage import fill, small_disk
+from helpers.journals import START
 from helpers.sealing import sealed_line
 from stillhouse.errors import StoreUnavailable, UserError
 from stillhouse.report import write_report
@@ -35,32 +36,9 @@ from stillhouse.tracking import (
     PoolEvent,
     Role,
     RunEvent,
-    StartEvent,
     TrainEvent,
 )
 
-START = StartEvent(
-    attempt=1,
-    command="stillhouse run configs/demo.toml",
-    versions={"torch": "2.13.0", "ray": "2.60.0"},
-    teacher="acme/teacher-8b",
-    student="acme/student-1b",
-    recipe_fingerprint="0f" * 32,
-    num_chunks=8,
-    num_sequences=32,
-    sequence_length=64,
-    num_targets=2000,
-    bytes_per_token=176,
-    num_draws=0,
-    vocab_size=151_936,
-    k=64,
-    world_size=2,
-    zero_stage=2,
-    num_teachers=3,
-    total_steps=10,
-    control=True,
-    time=1000.0,
-)
 TEACHER = EvalEvent("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1300.0)
 STUDENT = EvalEvent("student", 10, 4096, 3.41, 0.31, 0.712, 0.03, 0.785, time=1301.0)
 CONTROL = EvalEvent("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302.0)

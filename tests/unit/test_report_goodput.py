@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from helpers.journals import START as RUN_START
 from stillhouse.report import write_report
 from stillhouse.report.goodput import (
     PARTS,
@@ -42,27 +43,17 @@ from stillhouse.tracking import (
     TrainEvent,
 )
 
-START = StartEvent(
-    attempt=1,
+START = replace(
+    RUN_START,
     command="stillhouse run x.toml",
     versions={},
     teacher="acme/teacher",
     student="acme/student",
-    recipe_fingerprint="0f" * 32,
-    num_chunks=8,
-    num_sequences=32,
-    sequence_length=64,
-    num_targets=2000,
-    bytes_per_token=176,
-    num_draws=0,
     vocab_size=1000,
     k=8,
-    world_size=2,
-    zero_stage=2,
     num_teachers=2,
     total_steps=4,
     control=False,
-    time=1000.0,
 )
 
 

@@ -7,37 +7,21 @@ from pathlib import Path
 import pytest
 
 from helpers.htmlpages import Page
+from helpers.journals import START as RUN_START
 from stillhouse.pipeline.run_dir import keep_account
 from stillhouse.report import write_report
 from stillhouse.sequences.account import Account
 from stillhouse.sequences.source import Part
-from stillhouse.tracking import Journal, StartEvent
+from stillhouse.tracking import Journal
 from stillhouse.tracking.samples import Grading, SampleAccount, ShownSample
 
 ROLLOUTS = "rollouts:///runs/store/0123456789abcdef"
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)> \u202e\x1b[31m\x00 &"
 SEEN = r"<script>alert('x')</script><img src=x onerror=alert(1)> \u202e\x1b[31m\x00 &"
-START = StartEvent(
-    attempt=1,
+START = replace(
+    RUN_START,
     command="stillhouse run maths.toml",
     versions={},
-    teacher="acme/teacher-8b",
-    student="acme/student-1b",
-    recipe_fingerprint="0f" * 32,
-    num_chunks=8,
-    num_sequences=32,
-    sequence_length=64,
-    num_targets=2000,
-    bytes_per_token=176,
-    num_draws=0,
-    vocab_size=151_936,
-    k=64,
-    world_size=2,
-    zero_stage=2,
-    num_teachers=3,
-    total_steps=10,
-    control=True,
-    time=1000.0,
     corpus_targets={ROLLOUTS: 2000},
 )
 KEPT = ShownSample(12, 0, "how much is 2 + 2?", "It is 4", "ended", {"number": 1.0}, None)

@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
+from helpers.journals import START as RUN_START
 from helpers.sealing import sealed_line
 from stillhouse.atomic import Buffer, SystemFiles
 from stillhouse.config import TrackingSection
@@ -49,7 +50,6 @@ from stillhouse.tracking import (
     RunEvent,
     SetAsideEvent,
     StallEvent,
-    StartEvent,
     TeacherEvent,
     TrainEvent,
     WaitEvent,
@@ -58,27 +58,12 @@ from stillhouse.tracking import (
     read_journal,
 )
 
-START = StartEvent(
-    attempt=1,
-    command="stillhouse run configs/demo.toml",
+START = replace(
+    RUN_START,
     versions={"torch": "2.13.0"},
     teacher="acme/teacher",
     student="acme/student",
-    recipe_fingerprint="0f" * 32,
-    num_chunks=8,
-    num_sequences=32,
-    sequence_length=64,
-    num_targets=2000,
-    bytes_per_token=176,
-    num_draws=0,
-    vocab_size=151_936,
-    k=64,
-    world_size=2,
-    zero_stage=2,
     num_teachers=2,
-    total_steps=10,
-    control=True,
-    time=1000.0,
 )
 TRAIN = TrainEvent("student", 1, 2.5, 2.0, None, 0.7, 1e-4, 500, 2.0, 0.5, 250.0, time=1010.0)
 POOL = PoolEvent(

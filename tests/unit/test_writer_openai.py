@@ -2,11 +2,8 @@
 whatever fails on the way."""
 
 import json
-import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import pytest
 
 from helpers.buying import BRIEF
 from helpers.models import make_model
-from helpers.promptserver import Answer, Fault, PromptServer, busy, num_tokens_of
+from helpers.promptserver import Answer, Fault, PromptServer, busy, killed_at_request, num_tokens_of
 from helpers.rollouts import small_rollout_recipe
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ServerError, TeacherError
@@ -296,20 +293,8 @@ def write_until_killed(model: Path, server: PromptServer, store: Path) -> None:
 def test_a_killed_writer_costs_a_request_and_what_is_kept_is_not_bought_again(
     model: Path, server: PromptServer, tmp_path: Path, num_requests: int
 ) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=write_until_killed, args=(model, server, tmp_path)
-    )
-
-    def arrived(_prompt: list[int]) -> None:
-        if len(server.requests) == num_requests:
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            connection.wait([process.sentinel])
-
-    server.arrived = arrived
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    died = killed_at_request(server, num_requests, write_until_killed, model, server, tmp_path)
+    assert died == -signal.SIGKILL
 
     # another one: the request that was on its way is sent again
     writer = writer_of(model, server, tmp_path, **PAID, max_cost_usd=9000.0)

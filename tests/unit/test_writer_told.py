@@ -6,12 +6,9 @@ Shapes: N tokens of a sample, K entries of each, V vocabulary.
 
 import json
 import math
-import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.buying import BRIEF
 from helpers.models import make_model
-from helpers.promptserver import Answer, PromptServer, Teller, flat
+from helpers.promptserver import Answer, PromptServer, Teller, flat, killed_at_request
 from helpers.rollouts import small_rollout_recipe
 from stillhouse.config.generate import GenerateConfig, WriterSection
 from stillhouse.errors import ServerError
@@ -415,20 +412,8 @@ def write_until_killed(model: Path, server: PromptServer, store: Path) -> None:
 def test_a_killed_writer_loses_nothing_of_what_was_told(
     model: Path, server: PromptServer, tmp_path: Path
 ) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=write_until_killed, args=(model, server, tmp_path)
-    )
-
-    def arrived(_prompt: list[int]) -> None:
-        if len(server.requests) == 4:
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-            connection.wait([process.sentinel])
-
-    server.arrived = arrived
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    died = killed_at_request(server, 4, write_until_killed, model, server, tmp_path)
+    assert died == -signal.SIGKILL
     rollouts = written(block_of(0), writer_of(model, server, tmp_path, **PAID), RECIPE)
     assert len(server.requests) == 4 + 1  # the one that was on its way
     assert rollouts.told_rows.all()

@@ -16,12 +16,12 @@ from rich.table import Table
 from torch import Tensor
 
 from stillhouse.bench.allocator import freed_memory_kept
-from stillhouse.bench.cost import Cost, cost_of, require_device
+from stillhouse.bench.cost import Cost, cost_of
 from stillhouse.bench.engine_blocks import KINDS, block_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
-from stillhouse.bench.random_model import require_heads, save_random_model
+from stillhouse.bench.random_model import RandomModel
 from stillhouse.config import TeacherSection
 from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.choice import engine_named
@@ -45,25 +45,20 @@ class Setting:
 
     num_sequences: int
     sequence_length: int
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    dtype: str
-    device: str
-    threads: int
+    model: RandomModel
 
     @property
     def title(self) -> str:
-        model = f"{self.num_layers} layers of {self.hidden_size}, vocabulary {self.vocab_size:,}"
         block = f"blocks of {self.num_sequences} x {self.sequence_length}"
-        return f"{model}; {block}, {self.dtype}, {self.device}"
+        return f"{self.model.title}; {block}, {self.model.dtype}, {self.model.device}"
 
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
-        require_device(self.device)
-        require_heads(self.hidden_size)
-        if self.vocab_size <= _ENTRIES:
-            raise ConfigError(f"--vocab is {self.vocab_size}; wanted more than {_ENTRIES} ids")
+        self.model.check()
+        if self.model.vocab_size <= _ENTRIES:
+            raise ConfigError(
+                f"--vocab is {self.model.vocab_size}; wanted more than {_ENTRIES} ids"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +98,11 @@ def bench_engines(
     """Measure, print a table for each kind of blocks, and write all that was measured to `out`.
     Raises ConfigError where the setting cannot be measured."""
     setting.check()
-    torch.set_num_threads(setting.threads)
+    torch.set_num_threads(setting.model.threads)
     provenance = Provenance.of(command)
     recipe = recipe_of(setting)
     with TemporaryDirectory() as folder, freed_memory_kept() as allocator:
-        save_random_model(
-            Path(folder),
-            vocab_size=setting.vocab_size,
-            hidden_size=setting.hidden_size,
-            num_layers=setting.num_layers,
-            max_positions=setting.sequence_length,
-            dtype=setting.dtype,
-        )
+        setting.model.save(Path(folder), max_positions=setting.sequence_length)
         engines = _engines(setting, recipe, Path(folder), with_compile=with_compile)
         found = {kind: _measured(setting, recipe, kind, engines, repeats=repeats) for kind in KINDS}
 
@@ -163,8 +151,8 @@ def recipe_of(setting: Setting) -> Recipe:
         chunk_sequences=setting.num_sequences,
         tokenizer_digest="bench",
         teacher_digest="bench",
-        teacher_dtype=setting.dtype,
-        vocab_size=setting.vocab_size,
+        teacher_dtype=setting.model.dtype,
+        vocab_size=setting.model.vocab_size,
         k=_ENTRIES,
         num_draws=_DRAWS,
     )
@@ -174,8 +162,10 @@ def _engines(
     setting: Setting, recipe: Recipe, folder: Path, *, with_compile: bool
 ) -> dict[str, TeacherEngine]:
     """Each way, loaded."""
-    section = TeacherSection(model=str(folder), dtype=setting.dtype, device=setting.device)
-    load = {"device": setting.device}
+    section = TeacherSection(
+        model=str(folder), dtype=setting.model.dtype, device=setting.model.device
+    )
+    load = {"device": setting.model.device}
     engines: dict[str, TeacherEngine] = {
         ROWS: RowsEngine(section, recipe, **load),
         DOCUMENTS: TransformersEngine(section, recipe, **load),
@@ -200,7 +190,7 @@ def _measured(
     """The ways take turns on the same blocks, which are fresh for every repeat."""
     shape = setting.num_sequences, setting.sequence_length
     items = [
-        WorkItem(0, block_of(kind, shape, vocab_size=setting.vocab_size, seed=number))
+        WorkItem(0, block_of(kind, shape, vocab_size=setting.model.vocab_size, seed=number))
         for number in range(_UNTIMED_ROUNDS + repeats)
     ]
     costs: dict[str, list[Cost]] = {way: [] for way in engines}

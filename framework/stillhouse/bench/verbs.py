@@ -160,9 +160,10 @@ def bench_engines(
     rows with a mask: targets a second, and how far apart they are."""
     quieten()
     from stillhouse.bench.engines import Setting, bench_engines
+    from stillhouse.bench.random_model import RandomModel
 
-    sizes = num_sequences, sequence_length, vocab_size, hidden_size, num_layers
-    setting = Setting(*sizes, dtype, device, threads)
+    model = RandomModel(vocab_size, hidden_size, num_layers, dtype, device, threads)
+    setting = Setting(num_sequences, sequence_length, model)
     bench_engines(setting, repeats=repeats, with_compile=with_compile, command=typed(), out=out)
 
 
@@ -190,10 +191,12 @@ def bench_writing(
     """What writers of one model sample a second, by each engine that is installed and by `generate`
     of Transformers; prompts and samples of mixed length."""
     quieten()
+    from stillhouse.bench.random_model import RandomModel
     from stillhouse.bench.writing import Setting, bench_writing
 
+    model = RandomModel(vocab_size, hidden_size, num_layers, dtype, device, threads)
     written = num_prompts, longest_prompt, max_new_tokens, mean_new_tokens, batch_sequences
-    setting = Setting(*written, vocab_size, hidden_size, num_layers, dtype, device, threads)
+    setting = Setting(*written, model)
     bench_writing(setting, engines.split(","), repeats=repeats, command=typed(), out=out)
 
 

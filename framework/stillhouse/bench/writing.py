@@ -19,11 +19,11 @@ from rich.table import Table
 from transformers import GenerationMixin, PreTrainedModel
 
 from stillhouse.bench.allocator import freed_memory_kept
-from stillhouse.bench.cost import Cost, cost_of, require_device
+from stillhouse.bench.cost import Cost, cost_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
-from stillhouse.bench.random_model import require_heads, save_random_model
+from stillhouse.bench.random_model import RandomModel
 from stillhouse.config.generate import WriterSection
 from stillhouse.engines.vllm import is_installed
 from stillhouse.errors import ConfigError
@@ -49,26 +49,21 @@ class Setting:
     max_new_tokens: int
     mean_new_tokens: int  # of samples that are not cut, where all tokens are as likely
     batch_sequences: int
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    dtype: str
-    device: str
-    threads: int
+    model: RandomModel
 
     @property
     def title(self) -> str:
-        model = f"{self.num_layers} layers of {self.hidden_size}, vocabulary {self.vocab_size:,}"
         prompts = f"{self.num_prompts} prompts of {_SHORTEST_PROMPT} to {self.longest_prompt}"
-        return f"{model}; {prompts}, {self.batch_sequences} at a time, {self.dtype}, {self.device}"
+        batch = f"{self.batch_sequences} at a time, {self.model.dtype}, {self.model.device}"
+        return f"{self.model.title}; {prompts}, {batch}"
 
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
-        require_device(self.device)
-        require_heads(self.hidden_size)
-        if self.vocab_size < self.mean_new_tokens or self.longest_prompt < _SHORTEST_PROMPT:
+        self.model.check()
+        vocab_size = self.model.vocab_size
+        if vocab_size < self.mean_new_tokens or self.longest_prompt < _SHORTEST_PROMPT:
             raise ConfigError(
-                f"--vocab is {self.vocab_size} and --longest-prompt {self.longest_prompt}; wanted "
+                f"--vocab is {vocab_size} and --longest-prompt {self.longest_prompt}; wanted "
                 f"--mean-new-tokens ({self.mean_new_tokens}) ids or more, and prompts of "
                 f"{_SHORTEST_PROMPT} tokens or more"
             )
@@ -116,20 +111,13 @@ def bench_writing(
                 f"there is no writer's engine {name!r}; wanted {' or '.join(_ENGINES)}, or "
                 "'package.module:name' of your own"
             )
-    torch.set_num_threads(setting.threads)
+    torch.set_num_threads(setting.model.threads)
     provenance, recipe = Provenance.of(command), recipe_of(setting)
 
     # every way, with a model of its own
     absent = [name for name in engines if name == "vllm" and not is_installed()]
     with TemporaryDirectory() as folder, freed_memory_kept() as allocator:
-        save_random_model(
-            Path(folder),
-            vocab_size=setting.vocab_size,
-            hidden_size=setting.hidden_size,
-            num_layers=setting.num_layers,
-            max_positions=recipe.sequence_length,
-            dtype=setting.dtype,
-        )
+        setting.model.save(Path(folder), max_positions=recipe.sequence_length)
         ways = _generate(setting, recipe, Path(folder))
         for name in engines:
             if name not in absent:
@@ -198,12 +186,12 @@ def recipe_of(setting: Setting) -> RolloutRecipe:
         temperature=1.0,
         top_p=1.0,
         seed=0,
-        end_ids=tuple(range(0, setting.vocab_size, setting.mean_new_tokens)),
-        vocab_size=setting.vocab_size,
+        end_ids=tuple(range(0, setting.model.vocab_size, setting.mean_new_tokens)),
+        vocab_size=setting.model.vocab_size,
         vocabulary_digest="bench",
         writer_kind="weights",
         writer_digest="bench",
-        writer_numerics=setting.dtype,
+        writer_numerics=setting.model.dtype,
     )
 
 
@@ -213,7 +201,7 @@ def round_of(setting: Setting, *, seed: int) -> Round:
     shortest, longest = np.log(_SHORTEST_PROMPT), np.log(setting.longest_prompt)
     lengths = np.exp(random.uniform(shortest, longest, setting.num_prompts)).round().astype(int)
     prompts = [
-        Prompt(number, random.integers(0, setting.vocab_size, size).astype(np.int32))
+        Prompt(number, random.integers(0, setting.model.vocab_size, size).astype(np.int32))
         for number, size in enumerate(lengths)
     ]
     return Round(prompts, random.integers(-(2**63), 2**63, setting.num_prompts).tolist())
@@ -224,11 +212,11 @@ def _writer(name: str, setting: Setting, recipe: RolloutRecipe, folder: Path) ->
     section = WriterSection(
         model=str(folder),
         engine=name,
-        dtype=setting.dtype,
-        device=setting.device,
+        dtype=setting.model.dtype,
+        device=setting.model.device,
         batch_sequences=setting.batch_sequences,
     )
-    engine = writer_named(name)(section, recipe, device=setting.device, store_url="")
+    engine = writer_named(name)(section, recipe, device=setting.model.device, store_url="")
 
     def write(given: Round) -> list[int]:
         samples = engine.write(given.prompts, given.seeds)
@@ -240,8 +228,10 @@ def _writer(name: str, setting: Setting, recipe: RolloutRecipe, folder: Path) ->
 def _generate(setting: Setting, recipe: RolloutRecipe, folder: Path) -> dict[str, Way]:
     """`generate` of Transformers, in batches of the prompts as they come, and in their order of
     length."""
-    section = WriterSection(model=str(folder), dtype=setting.dtype, device=setting.device)
-    model = load_model(section, device_map=setting.device, by_document=False)
+    section = WriterSection(
+        model=str(folder), dtype=setting.model.dtype, device=setting.model.device
+    )
+    model = load_model(section, device_map=setting.model.device, by_document=False)
     new_tokens = partial(_new_tokens, model, recipe)
 
     def write(given: Round, *, is_sorted: bool) -> list[int]:

@@ -2,6 +2,7 @@
 token ids, and [writer.openai], which writes."""
 
 import re
+from abc import abstractmethod
 from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -36,9 +37,9 @@ class ServerSection(Section):
     )
 
     @property
+    @abstractmethod
     def usd_in_and_out(self) -> tuple[float, float]:
         """The price of a million tokens: of prompts, and of what is written to them."""
-        raise NotImplementedError
 
     @property
     def is_paid(self) -> bool:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
-from stillhouse.cluster.environment import secret_in
 from stillhouse.config import ScoringSection, TeacherSection
 from stillhouse.engines.base import Capabilities, Records, encoded, probe_item
 from stillhouse.engines.openai_desk import Desk
@@ -28,9 +27,9 @@ from stillhouse.models import ModelIdentity
 from stillhouse.models.identity import is_local
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.sequence import WorkItem
-from stillhouse.servers.access import access_of
-from stillhouse.servers.answers import Answers
-from stillhouse.servers.client import BEFORE_A_RUN, Access, Server
+from stillhouse.servers.access import access_of, served_model
+from stillhouse.servers.answers import answers_of
+from stillhouse.servers.client import Server
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
 
@@ -80,18 +79,14 @@ class OpenAIEngine:
         read: see docs/format.md. Asks the server only where `served_model` is not set."""
         del cache_dir  # nothing is computed
         options = options_of(section)
-        served_model = options.served_model
-        if served_model is None:
-            access = Access(secret_in(options.api_key_env))
-            server = Server(options, table=TABLE, access=access, patience=BEFORE_A_RUN)
-            served_model = server.only_model()
+        served = served_model(options, table=TABLE)
         names = {
             "model": None if is_local(section) else section.model,
             "revision": section.revision,
-            "served_model": served_model,
+            "served_model": served,
         }
         digest = hashlib.sha256(canonical_json(names)).hexdigest()
-        return ModelIdentity(digest, section.revision, kind="api", served_model=served_model)
+        return ModelIdentity(digest, section.revision, kind="api", served_model=served)
 
     def records(self, item: WorkItem) -> Iterator[Records]:
         return encoded(self.targets(item), self._recipe.spec)
@@ -170,12 +165,3 @@ class OpenAIEngine:
 def options_of(section: TeacherSection) -> ScoringSection:
     assert section.openai is not None, "the config wants it with this engine"
     return section.openai
-
-
-def answers_of(store: ChunkStore) -> Answers:
-    """The answers that are kept for the chunks of a store."""
-
-    def is_published(chunk: int) -> bool:
-        return chunk < store.recipe.num_chunks and store.is_whole(chunk)
-
-    return Answers(store.blobs, store.folder, is_published=is_published)

@@ -4,11 +4,10 @@ the headline."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stillhouse.report.summary import Interval, Timeline, of_kind, timeline_of
+from stillhouse.report.summary import Attempts, Interval, attempts_in, of_kind
 from stillhouse.report.words import counted
 from stillhouse.tracking import (
     CostEvent,
-    EndEvent,
     GenerationEvent,
     NoticeEvent,
     OutageEvent,
@@ -22,31 +21,11 @@ from stillhouse.tracking import (
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationSummary:
-    """All attempts of one directory. Its own clock stands still between them."""
+class GenerationSummary(Attempts[GenerationEvent]):
+    """What was written in one directory."""
 
-    start: GenerationEvent  # of the last attempt
-    end: EndEvent | None  # of the last attempt; None where it still runs or was killed
-    commands: list[str]  # each once, in the order in which they were first given
-    first_time: float  # unix seconds
-    idle_s: float  # between attempts
-    timeline: Timeline
     shards: list[ShardEvent]  # that it published, in this order
     cost: CostEvent | None  # the last one; None where nothing was limited
-
-    @property
-    def run_s(self) -> float:
-        """Seconds that it took, without the time between attempts."""
-        return self.timeline[-1][0]
-
-    @property
-    def num_attempts(self) -> int:
-        return len(of_kind(self.timeline, GenerationEvent))
-
-    @property
-    def resumed_at(self) -> list[float]:
-        """Seconds on its clock at which each attempt but the first began."""
-        return [elapsed_s for elapsed_s, _ in of_kind(self.timeline, GenerationEvent)][1:]
 
     @property
     def tokens(self) -> list[Interval]:
@@ -73,18 +52,11 @@ class WriterWork:
 
 def summarise_generation(events: Sequence[RunEvent]) -> GenerationSummary | None:
     """The summary of a journal; None where no attempt has begun."""
-    starts = [event for event in events if isinstance(event, GenerationEvent)]
-    if not starts:
+    attempts = attempts_in(events, begins=GenerationEvent)
+    if attempts is None:
         return None
-    timeline, idle_s = timeline_of(events, begins=GenerationEvent)
-    last_attempt = events[events.index(starts[-1]) :]
     return GenerationSummary(
-        start=starts[-1],
-        end=next((event for event in last_attempt if isinstance(event, EndEvent)), None),
-        commands=list(dict.fromkeys(start.command for start in starts)),
-        first_time=events[0].time,
-        idle_s=idle_s,
-        timeline=timeline,
+        **attempts,
         shards=[event for event in events if isinstance(event, ShardEvent) and not event.duplicate],
         cost=next((event for event in reversed(events) if isinstance(event, CostEvent)), None),
     )

@@ -6,7 +6,7 @@ was recorded, or the student got worse, the verdict says so.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from stillhouse.tracking import (
     ChunkEvent,
     EndEvent,
     EvalEvent,
+    GenerationEvent,
     HeldoutEvent,
     PoolEvent,
     Role,
@@ -31,22 +32,40 @@ _ROLES: tuple[Role, ...] = ("student", "control")
 _SAME = 0.005  # nats: cross-entropies nearer than this are called equal
 
 Kind = TypeVar("Kind", bound=RunEvent)
+StartT = TypeVar("StartT", bound=RunEvent)
 Timeline = Sequence[tuple[float, RunEvent]]  # seconds on the run's own clock, and the event
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """A run, with resumed steps and recomputed chunks counted once.
+class Attempts(Generic[StartT]):
+    """All attempts of one directory. Its own clock stands still between them."""
 
-    The run's own clock stands still between attempts.
-    """
-
-    start: StartEvent  # of the last attempt
+    start: StartT  # of the last attempt
     end: EndEvent | None  # of the last attempt; None where it still runs or was killed
     commands: list[str]  # each once, in the order in which they were first given
     first_time: float  # unix seconds
     idle_s: float  # between attempts
     timeline: Timeline
+
+    @property
+    def run_s(self) -> float:
+        """Seconds that it took, without the time between attempts."""
+        return self.timeline[-1][0]
+
+    @property
+    def num_attempts(self) -> int:
+        return len(of_kind(self.timeline, type(self.start)))
+
+    @property
+    def resumed_at(self) -> list[float]:
+        """Seconds on its clock at which each attempt but the first began."""
+        return [elapsed_s for elapsed_s, _ in of_kind(self.timeline, type(self.start))][1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary(Attempts[StartEvent]):
+    """A run, with resumed steps and recomputed chunks counted once."""
+
     chunks: list[ChunkEvent]  # in the order in which they were published
     student: list[TrainEvent]
     control: list[TrainEvent]
@@ -55,22 +74,8 @@ class Summary:
     evals: dict[str, EvalEvent]  # the last for each model
 
     @property
-    def run_s(self) -> float:
-        """Seconds that the run took, without the time between attempts."""
-        return self.timeline[-1][0]
-
-    @property
-    def num_attempts(self) -> int:
-        return len(of_kind(self.timeline, StartEvent))
-
-    @property
     def student_done(self) -> bool:
         return len(self.student) > 0 and self.student[-1].step >= self.start.total_steps
-
-    @property
-    def resumed_at(self) -> list[float]:
-        """Seconds on the run's clock at which each attempt but the first began."""
-        return [elapsed_s for elapsed_s, _ in of_kind(self.timeline, StartEvent)][1:]
 
 
 def of_kind(timeline: Timeline, kind: type[Kind]) -> list[tuple[float, Kind]]:
@@ -80,23 +85,16 @@ def of_kind(timeline: Timeline, kind: type[Kind]) -> list[tuple[float, Kind]]:
 
 def summarise(events: Sequence[RunEvent]) -> Summary | None:
     """The summary of a journal; None where no attempt has begun."""
-    starts = [event for event in events if isinstance(event, StartEvent)]
-    if not starts:
+    attempts = attempts_in(events, begins=StartEvent)
+    if attempts is None:
         return None
-    timeline, idle_s = timeline_of(events, begins=StartEvent)
-    last_attempt = events[events.index(starts[-1]) :]
     chunks = {
         event.chunk: event
         for event in events
         if isinstance(event, ChunkEvent) and not event.duplicate
     }
     return Summary(
-        start=starts[-1],
-        end=next((event for event in last_attempt if isinstance(event, EndEvent)), None),
-        commands=list(dict.fromkeys(start.command for start in starts)),
-        first_time=events[0].time,
-        idle_s=idle_s,
-        timeline=timeline,
+        **attempts,
         chunks=sorted(chunks.values(), key=lambda event: event.time),
         student=latest_train_events(events, "student"),
         control=latest_train_events(events, "control"),
@@ -106,7 +104,27 @@ def summarise(events: Sequence[RunEvent]) -> Summary | None:
     )
 
 
-def timeline_of(events: Sequence[RunEvent], *, begins: type[RunEvent]) -> tuple[Timeline, float]:
+def attempts_in(
+    events: Sequence[RunEvent], *, begins: type[StartEvent | GenerationEvent]
+) -> dict[str, Any] | None:
+    """The fields of `Attempts`, which begin with events of the kind `begins`; None where none has
+    begun."""
+    starts = [event for event in events if isinstance(event, begins)]
+    if not starts:
+        return None
+    timeline, idle_s = _timeline_of(events, begins=begins)
+    last_attempt = events[events.index(starts[-1]) :]
+    return {
+        "start": starts[-1],
+        "end": next((event for event in last_attempt if isinstance(event, EndEvent)), None),
+        "commands": list(dict.fromkeys(start.command for start in starts)),
+        "first_time": events[0].time,
+        "idle_s": idle_s,
+        "timeline": timeline,
+    }
+
+
+def _timeline_of(events: Sequence[RunEvent], *, begins: type[RunEvent]) -> tuple[Timeline, float]:
     """The events on the run's clock, and the seconds between attempts that it leaves out. An
     attempt begins with an event of the kind `begins`."""
     timeline: list[tuple[float, RunEvent]] = []

@@ -11,9 +11,15 @@ from typing import Any
 
 from stillhouse.errors import StoreError
 from stillhouse.servers.ledger import opened_values, patiently, sealed_values
+from stillhouse.store.numbered import NumberedStore
 from stillhouse.store.object_store import Blobs
 
 _log = logging.getLogger(__name__)
+
+
+def answers_of(store: NumberedStore[Any]) -> "Answers":
+    """Those of what a store's objects are made of."""
+    return Answers(store.blobs, store.folder, is_published=store.has_whole)
 
 
 class Answers:

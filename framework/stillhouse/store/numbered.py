@@ -138,6 +138,10 @@ class NumberedStore(ABC, Generic[RecipeT]):
             return False
         return is_whole(head, num_bytes=num_bytes, last=self._last_tensor)
 
+    def has_whole(self, number: int) -> bool:
+        """As `is_whole`, of any number: none is there that the recipe does not have."""
+        return number < self._num_objects and self.is_whole(number)
+
     def published(self) -> set[int]:
         """The numbers of the objects that are there, by `listing`."""
         return self.listing().published

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from stillhouse.cluster.environment import secret_in
 from stillhouse.config.generate import WriterSection
 from stillhouse.config.servers import WritingSection
 from stillhouse.errors import ServerError
@@ -26,10 +25,10 @@ from stillhouse.models import ModelIdentity, load_tokenizer
 from stillhouse.models.identity import is_local
 from stillhouse.models.token_bytes import token_map
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
-from stillhouse.servers.access import access_of
-from stillhouse.servers.answers import Answers
+from stillhouse.servers.access import access_of, served_model
+from stillhouse.servers.answers import answers_of
 from stillhouse.servers.chat import Reply, chat_question, reply_of, text_question
-from stillhouse.servers.client import BEFORE_A_RUN, Access, Question, Server
+from stillhouse.servers.client import Question, Server
 from stillhouse.servers.desk import all_answers
 from stillhouse.servers.told import told_in, told_in_json
 from stillhouse.store.recipe import canonical_json
@@ -80,7 +79,7 @@ class OpenAIWriter:
         store = RolloutStore(store_url, recipe)
         self._access = access_of(self._options, store.blobs, store.folder, table=_TABLE)
         self._server = Server(self._options, table=_TABLE, access=self._access, patience=patience)
-        self._answers = _answers_of(store) if self._options.is_paid else None
+        self._answers = answers_of(store) if self._options.is_paid else None
 
     @classmethod
     def identity(cls, section: WriterSection, *, cache_dir: Path) -> ModelIdentity:
@@ -89,19 +88,15 @@ class OpenAIWriter:
         set."""
         del cache_dir  # nothing is computed
         options = options_of(section)
-        served_model = options.served_model
-        if served_model is None:
-            access = Access(secret_in(options.api_key_env))
-            server = Server(options, table=_TABLE, access=access, patience=BEFORE_A_RUN)
-            served_model = server.only_model()
+        served = served_model(options, table=_TABLE)
         names = {
             "model": None if is_local(section) else section.model,
             "request": options.request,
             "revision": section.revision,
-            "served_model": served_model,
+            "served_model": served,
         }
         digest = hashlib.sha256(canonical_json(names)).hexdigest()
-        return ModelIdentity(digest, section.revision, kind="api", served_model=served_model)
+        return ModelIdentity(digest, section.revision, kind="api", served_model=served)
 
     def weight_hashes(self) -> Mapping[str, int]:
         """None: they are elsewhere."""
@@ -222,10 +217,3 @@ def most_usd(options: WritingSection, recipe: RolloutRecipe, sources: Iterable[s
     most = [_question(source, 0, options, recipe).most_tokens for source in sources]
     usd = sum(each.prompt * prompt_usd + each.written * written_usd for each in most) / 1e6
     return recipe.samples * usd
-
-
-def _answers_of(store: RolloutStore) -> Answers:
-    def is_published(shard: int) -> bool:
-        return shard < store.recipe.num_shards and store.is_whole(shard)
-
-    return Answers(store.blobs, store.folder, is_published=is_published)
