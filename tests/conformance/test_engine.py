@@ -22,7 +22,7 @@ from stillhouse.models import load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.store.rollout_store import RolloutStore
-from stillhouse.store.rollouts import ENDED, NOT_TOLD
+from stillhouse.store.rollouts import ENDED, NO_ENTRY
 
 S, L = 4, 24
 ROUNDING = 2e-3  # nats: of 8 bits for a log-probability, and of float32
@@ -58,10 +58,10 @@ def told_by(section: TeacherSection, folder: Path) -> str:
         # and what is told of it
         told = slice(start, start + end - 1)
         shard.finish_S[row], shard.sampled_logprobs_SL[row] = ENDED, 0.0
-        assert shard.told is not None
-        shard.told.ids_SLK[row], shard.told.logprobs_SLK[row] = NOT_TOLD, np.nan
-        shard.told.ids_SLK[row, : end - 1] = top.indices[told]
-        shard.told.logprobs_SLK[row, : end - 1] = top.values[told]
+        assert shard.top is not None
+        shard.top.ids_SLK[row], shard.top.logprobs_SLK[row] = NO_ENTRY, np.nan
+        shard.top.ids_SLK[row, : end - 1] = top.indices[told]
+        shard.top.logprobs_SLK[row, : end - 1] = top.values[told]
         start += end - 1
     store = RolloutStore.create(str(folder), recipe)
     for shard in shards:

@@ -6,7 +6,7 @@ import numpy as np
 
 from stillhouse.sequence import Sequences
 from stillhouse.store.rollout_recipe import RolloutRecipe
-from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, UNCHANGING, Rollouts, Told
+from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, UNCHANGING, Rollouts, TopLogprobs
 
 LENGTH, VOCAB_SIZE = 12, 300
 
@@ -59,16 +59,16 @@ def make_shard(recipe: RolloutRecipe, number: int, *, salt: int = 0) -> Rollouts
         weights_version_S=np.full(len(ids_SL), UNCHANGING),
         sampled_logprobs_SL=-random.random(ids_SL.shape, np.float32) * mask_SL,
         finish_S=finish_S,
-        told=_told(random, mask_SL, finish_S, recipe) if recipe.top_logprobs else None,
+        top=_told(random, mask_SL, finish_S, recipe) if recipe.top_logprobs else None,
     )
 
 
 def _told(
     random: np.random.Generator, mask_SL: np.ndarray, finish_S: np.ndarray, recipe: RolloutRecipe
-) -> Told:
+) -> TopLogprobs:
     """Of every other rollout that ended itself nothing, and of the others all but the end."""
     num_rows, length = mask_SL.shape
-    told = Told.nothing(num_rows, length, recipe.top_logprobs)
+    told = TopLogprobs.nothing(num_rows, length, recipe.top_logprobs)
     for row in range(0, num_rows, 2):
         places = np.flatnonzero(mask_SL[row])
         for at in places[:-1] if finish_S[row] == ENDED else places:

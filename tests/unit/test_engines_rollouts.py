@@ -30,7 +30,7 @@ from stillhouse.sequences.source import whole
 from stillhouse.store import ChunkStore
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
-from stillhouse.store.rollouts import ENDED, NOT_TOLD, Rollouts, Told
+from stillhouse.store.rollouts import ENDED, NO_ENTRY, Rollouts, TopLogprobs
 from stillhouse.teacher.actor import stored
 from stillhouse.teacher.first_answer import require_first_teacher
 
@@ -96,13 +96,13 @@ def targets_of(plan: Plan, item: WorkItem) -> CompressedLogits:
     return decode(records_TB, plan.recipe.spec)
 
 
-def told_of(store: RolloutStore) -> dict[bytes, tuple[Rollouts, int]]:
+def logprobs_of(store: RolloutStore) -> dict[bytes, tuple[Rollouts, int]]:
     """By the tokens of a sample: its shard, and its row."""
     shards = [store.fetch(number) for number in range(store.recipe.num_shards)]
     return {
         shard.ids(row).tobytes(): (shard, row)
         for shard in shards
-        for row in np.flatnonzero(shard.told_rows).tolist()
+        for row in np.flatnonzero(shard.rows_with_logprobs).tolist()
     }
 
 
@@ -115,7 +115,7 @@ def test_a_plan_needs_a_tokenizer_alone_and_is_made_again_without_more(
     facts = {
         "rollouts": store.recipe.fingerprint,
         "shards": store.digest(),
-        "target": "told by the writer",
+        "target": "log-probabilities of the writer",
     }
     data = json.dumps(facts, separators=(",", ":")).encode()
     assert recipe.teacher_digest == hashlib.sha256(data).hexdigest()
@@ -137,7 +137,7 @@ def test_a_shard_that_was_written_again_is_another_teacher(
 def test_every_target_is_what_was_told_and_the_end_where_nothing_was(
     tiny_world: TinyWorld, tokenizer: str, store: RolloutStore, tmp_path: Path
 ) -> None:
-    plan, by_ids = plan_of(tiny_world, tmp_path / "run", tokenizer, store), told_of(store)
+    plan, by_ids = plan_of(tiny_world, tmp_path / "run", tokenizer, store), logprobs_of(store)
     sequences = whole(plan.sources.train)
     assert len(sequences) == len(by_ids) - 2  # those that are held out
     for row in range(len(sequences)):
@@ -145,14 +145,14 @@ def test_every_target_is_what_was_told_and_the_end_where_nothing_was(
         places = np.flatnonzero(item.sequences.loss_mask_SL[0])
         ids = item.sequences.token_ids_SL[0, : places[-1] + 2]
         shard, at = by_ids[ids.tobytes()]
-        assert shard.told is not None
+        assert shard.top is not None
         found = targets_of(plan, item)
 
         # all but the last, to the codec's precision
         np.testing.assert_array_equal(
-            found.token_ids_TK[:-1], shard.told.ids_SLK[at, places[:-1], :3]
+            found.token_ids_TK[:-1], shard.top.ids_SLK[at, places[:-1], :3]
         )
-        wanted_TK = shard.told.logprobs_SLK[at, places[:-1], :3]
+        wanted_TK = shard.top.logprobs_SLK[at, places[:-1], :3]
         np.testing.assert_allclose(found.logprobs_TK[:-1], wanted_TK, atol=0.02, rtol=0.01)
         rest_T = np.log1p(-np.exp(wanted_TK.astype(np.float64)).sum(axis=1))
         np.testing.assert_allclose(found.tail_logmass_T[:-1], rest_T, atol=0.01, rtol=0.01)
@@ -169,13 +169,13 @@ def test_an_end_that_was_told_is_a_target_as_others_are(
 ) -> None:
     recipe = recipe_of(tokenizer, num_prompts=6, shard_prompts=6)
     shard = make_shard(recipe, 0)
-    assert shard.told is not None
+    assert shard.top is not None
     mask_SL = shard.sequences.loss_mask_SL == 1
-    told = Told.nothing(len(shard), LENGTH, K)
+    told = TopLogprobs.nothing(len(shard), LENGTH, K)
     told.ids_SLK[mask_SL] = [9, 8, 7, 6, 5]
     told.logprobs_SLK[mask_SL] = [-1.0, -2.0, -3.0, -4.0, -5.0]
     store = RolloutStore.create(str(tmp_path / "store"), recipe)
-    store.publish(replace(shard, told=told))
+    store.publish(replace(shard, top=told))
     plan = plan_of(tiny_world, tmp_path / "run", tokenizer, store)
     found = targets_of(plan, plan.item(0))
     assert set(found.token_ids_TK[:, 0].tolist()) == {9}
@@ -188,13 +188,13 @@ def test_of_samples_with_the_same_tokens_the_first_is_the_target(
     recipe = recipe_of(tokenizer, num_prompts=5, samples=4)
     shards = [make_shard(recipe, number) for number in range(3)]
     for number, shard in enumerate(shards):
-        told = shard.told
+        told = shard.top
         assert told is not None
         shard.sequences.token_ids_SL[0] = shards[0].sequences.token_ids_SL[0]
         shard.sequences.loss_mask_SL[0] = shards[0].sequences.loss_mask_SL[0]
         shard.sampled_logprobs_SL[0], shard.finish_S[0] = 0.0, ENDED
         places = np.flatnonzero(shard.sequences.loss_mask_SL[0])
-        told.ids_SLK[0], told.logprobs_SLK[0] = NOT_TOLD, np.nan
+        told.ids_SLK[0], told.logprobs_SLK[0] = NO_ENTRY, np.nan
         told.ids_SLK[0, places] = np.arange(K) + 10 * number
         told.logprobs_SLK[0, places] = -2.0
     store = RolloutStore.create(str(tmp_path / "store"), recipe)
@@ -321,7 +321,7 @@ def test_rollouts_whose_writer_was_asked_for_nothing_are_refused(
     tiny_world: TinyWorld, tokenizer: str, tmp_path: Path
 ) -> None:
     store = write(tmp_path / "store", recipe_of(tokenizer, top_logprobs=0))
-    with pytest.raises(ConfigError, match=r"told no log-probabilities; .* teacher.engine = .text."):
+    with pytest.raises(ConfigError, match=r"has no log-probabilities; .* teacher.engine = .text."):
         plan_of(tiny_world, tmp_path / "run", tokenizer, store)
 
 
@@ -331,13 +331,13 @@ def test_rollouts_of_which_nothing_was_told_are_refused(
     silent = RolloutStore.create(str(tmp_path / "store"), store.recipe)
     for number in range(silent.recipe.num_shards):
         shard = make_shard(silent.recipe, number)
-        silent.publish(replace(shard, told=Told.nothing(len(shard), LENGTH, K)))
+        silent.publish(replace(shard, top=TopLogprobs.nothing(len(shard), LENGTH, K)))
     with pytest.raises(CorpusError, match=r"no sample of .* 19 without log-probabilities of its"):
         plan_of(tiny_world, tmp_path / "run", tokenizer, silent)
     named = f"rollouts://{silent.url}/{silent.recipe.fingerprint[:16]}"
     section = TeacherSection(model="t", engine="rollouts", rollouts=named)
     recipe = plan_of(tiny_world, tmp_path / "run", tokenizer, store).recipe
-    with pytest.raises(TeacherError, match="told the log-probabilities of no sample"):
+    with pytest.raises(TeacherError, match="no sample of these rollouts has log-probabilities"):
         RolloutsEngine(section, recipe, device="cpu").probe()
 
 
@@ -350,7 +350,7 @@ def test_check_says_that_there_is_no_teacher(
 ) -> None:
     describe(plan_of(tiny_world, tmp_path / "run", tokenizer, store))
     told = " ".join(capsys.readouterr().out.split())
-    assert f"none: the targets are what was told with rollouts://{store.url}" in told
+    assert f"none: the targets are log-probabilities in rollouts://{store.url}" in told
 
 
 def test_card_and_label_name_the_rollouts(

@@ -40,7 +40,7 @@ def samples_of(
         prompts_S=np.array(prompts, np.int64),
         numbers_S=np.array(numbers, np.int64),
         finish_S=np.array(finish or [0] * num, np.uint8),
-        told_S=np.array(told or [False] * num, bool),
+        has_logprobs_S=np.array(told or [False] * num, bool),
         scores={name: np.array(each, float) for name, each in (scores or {}).items()},
         fingerprints=fingerprints_of([np.array(each, np.int32) for each in ids]),
         contaminated_S=np.array(contaminated or [False] * num, bool),
@@ -125,7 +125,7 @@ def shard_of(samples: Samples, place: int) -> Samples:
         prompts_S=samples.prompts_S[one],
         numbers_S=samples.numbers_S[one],
         finish_S=samples.finish_S[one],
-        told_S=samples.told_S[one],
+        has_logprobs_S=samples.has_logprobs_S[one],
         scores={name: each[one] for name, each in samples.scores.items()},
         fingerprints=Fingerprints(prints.digests_S[one], prints.signatures_SH[one]),
         contaminated_S=samples.contaminated_S[one],
@@ -153,7 +153,7 @@ def test_what_is_kept_is_what_the_rule_allows(samples: Samples, rule: AcceptSect
     kept = found.kept_K
     assert not samples.contaminated_S[kept].any()
     assert set(samples.finish_S[kept].tolist()) <= ({0, 1} if rule.keep_unfinished else {0})
-    assert samples.told_S[kept].all() or not rule.with_logprobs
+    assert samples.has_logprobs_S[kept].all() or not rule.with_logprobs
     for name, least in rule.min_score.items():
         assert (samples.scores[name][kept] >= least).all()
     if not rule.keep_repeats:

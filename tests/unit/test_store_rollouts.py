@@ -137,12 +137,12 @@ TOLD = small_rollout_recipe(writer_kind="api", top_logprobs=3)
 
 def test_what_a_server_told_is_stored_as_the_page_says_and_read_back(tmp_path: Path) -> None:
     shard = make_shard(TOLD, 1)
-    assert shard.told is not None
-    assert 0 < shard.told_rows.sum() < len(shard)
+    assert shard.top is not None
+    assert 0 < shard.rows_with_logprobs.sum() < len(shard)
     data = pack_rollouts(shard, TOLD.fingerprint)
     found = read_shard(data, TOLD.fingerprint, 1)
-    np.testing.assert_array_equal(found["top_ids"], shard.told.ids_SLK)
-    np.testing.assert_array_equal(found["top_logprobs"], shard.told.logprobs_SLK)
+    np.testing.assert_array_equal(found["top_ids"], shard.top.ids_SLK)
+    np.testing.assert_array_equal(found["top_logprobs"], shard.top.logprobs_SLK)
     store = RolloutStore.create(str(tmp_path), TOLD)
     store.publish(shard)
     assert path_of(store, 1).read_bytes() == data
@@ -162,56 +162,56 @@ def test_every_cut_and_flipped_bit_of_what_was_told_is_found() -> None:
 
 def told_places(shard: Rollouts) -> tuple[int, np.ndarray]:
     """A rollout of which something was told, and the places."""
-    assert shard.told is not None
-    row = int(np.flatnonzero(shard.told_rows)[0])
-    return row, np.flatnonzero(shard.told.mask[row])
+    assert shard.top is not None
+    row = int(np.flatnonzero(shard.rows_with_logprobs)[0])
+    return row, np.flatnonzero(shard.top.mask[row])
 
 
 def without_one(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.ids_SLK[row, at] = -1
-    shard.told.logprobs_SLK[row, at] = np.nan
+    assert shard.top is not None
+    shard.top.ids_SLK[row, at] = -1
+    shard.top.logprobs_SLK[row, at] = np.nan
 
 
 def without_an_entry(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.ids_SLK[row, at, 1] = -1
+    assert shard.top is not None
+    shard.top.ids_SLK[row, at, 1] = -1
 
 
 def without_a_number(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.logprobs_SLK[row, at, 1] = np.nan
+    assert shard.top is not None
+    shard.top.logprobs_SLK[row, at, 1] = np.nan
 
 
 def out_of_order(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    for array in (shard.told.ids_SLK, shard.told.logprobs_SLK):
+    assert shard.top is not None
+    for array in (shard.top.ids_SLK, shard.top.logprobs_SLK):
         array[row, at] = array[row, at, ::-1].copy()
 
 
 def tied_out_of_order(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.ids_SLK[row, at], shard.told.logprobs_SLK[row, at] = [9, 8, 7], -2.0
+    assert shard.top is not None
+    shard.top.ids_SLK[row, at], shard.top.logprobs_SLK[row, at] = [9, 8, 7], -2.0
 
 
 def one_twice(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.ids_SLK[row, at, 2] = shard.told.ids_SLK[row, at, 0]
+    assert shard.top is not None
+    shard.top.ids_SLK[row, at, 2] = shard.top.ids_SLK[row, at, 0]
 
 
 def above_one(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.ids_SLK[row, at], shard.told.logprobs_SLK[row, at] = [1, 2, 3], np.log(0.335)
+    assert shard.top is not None
+    shard.top.ids_SLK[row, at], shard.top.logprobs_SLK[row, at] = [1, 2, 3], np.log(0.335)
 
 
 def positive(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.logprobs_SLK[row, at] = [0.0005, -20.0, -21.0]
+    assert shard.top is not None
+    shard.top.logprobs_SLK[row, at] = [0.0005, -20.0, -21.0]
 
 
 def infinite(shard: Rollouts, row: int, at: int) -> None:
-    assert shard.told is not None
-    shard.told.logprobs_SLK[row, at, 2] = -np.inf
+    assert shard.top is not None
+    shard.top.logprobs_SLK[row, at, 2] = -np.inf
 
 
 def cut_before_its_end(shard: Rollouts, row: int, _at: int) -> None:
@@ -220,9 +220,9 @@ def cut_before_its_end(shard: Rollouts, row: int, _at: int) -> None:
 
 
 def of_no_sample(shard: Rollouts, row: int, _at: int) -> None:
-    assert shard.told is not None
-    shard.told.ids_SLK[row, -1] = [1, 2, 3]
-    shard.told.logprobs_SLK[row, -1] = [-1.0, -2.0, -3.0]
+    assert shard.top is not None
+    shard.top.ids_SLK[row, -1] = [1, 2, 3]
+    shard.top.logprobs_SLK[row, -1] = [-1.0, -2.0, -3.0]
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,8 @@ def test_as_much_is_told_as_the_recipe_asks_for(
         store.publish(make_shard(replace(TOLD, **changes), 0))
     shard = make_shard(TOLD, 0)
     row, places = told_places(shard)
-    assert shard.told is not None
-    shard.told.ids_SLK[row, places[0], 0] = 300
+    assert shard.top is not None
+    shard.top.ids_SLK[row, places[0], 0] = 300
     with pytest.raises(ChunkError, match="the id 300 in top_ids, wanted at most 299"):
         store.publish(shard)
 

@@ -194,6 +194,7 @@ def bench_writing(
     from stillhouse.bench.random_model import RandomModel
     from stillhouse.bench.writing import Setting, bench_writing
 
+    # a model, and what it writes to
     model = RandomModel(vocab_size, hidden_size, num_layers, dtype, device, threads)
     written = num_prompts, longest_prompt, max_new_tokens, mean_new_tokens, batch_sequences
     setting = Setting(*written, model)

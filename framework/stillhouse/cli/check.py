@@ -112,7 +112,8 @@ def _without_weights(section: TeacherSection, name: str) -> str:
         return f"{name}: scored by the server at {section.openai.base_url}, which has the weights"
     if section.rollouts is not None:
         return (
-            f"none: the targets are what was told with {section.rollouts}; {name} has the tokenizer"
+            f"none: the targets are log-probabilities in {section.rollouts}; {name} has the "
+            "tokenizer"
         )
     return f"none: the target is the next token of the text; {name} has the tokenizer"
 

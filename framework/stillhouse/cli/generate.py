@@ -64,26 +64,26 @@ def planned_generation(
 
 
 def lines_for_a_run(plan: "Generation") -> list[str]:
-    """How to train on the rollouts, in a config of a run: on what was told of them, where the
-    writer's server was asked for that."""
+    """How to train on the rollouts, in a config of a run: on their log-probabilities, where the
+    writer's server was asked for them."""
     recipe = plan.recipe
     names = [json.dumps(grader.title, ensure_ascii=False) for grader in plan.config.graders]
     scores = ", ".join(f"{name} = 1.0" for name in names)
     accepted = [f"min_score = {{{scores}}}"] if names else []
-    whole, told = list[str](), list[str]()
+    whole, targets = list[str](), list[str]()
     if recipe.top_logprobs:
         accepted.append("with_logprobs = true")
         whole = ["packing = false", f"sequence_length = {recipe.sequence_length}"]
         model = json.dumps(plan.config.writer.model, ensure_ascii=False)
-        told = ["[teacher]", f"model = {model}", 'engine = "rollouts"']
-        told += ["[target]", f"k = {recipe.top_logprobs}", "tail_draws = 0"]
+        targets = ["[teacher]", f"model = {model}", 'engine = "rollouts"']
+        targets += ["[target]", f"k = {recipe.top_logprobs}", "tail_draws = 0"]
     return [
         "[corpus]",
         f'dataset = "rollouts://{recipe.fingerprint[:16]}"',
         *whole,
         *(["[corpus.accept]"] if accepted else []),
         *accepted,
-        *map(scrub, told),
+        *map(scrub, targets),
         "[store]",
         scrub(f'url = "{plan.store.url}"'),
     ]
@@ -96,18 +96,20 @@ def _last_words(plan: "Generation") -> list[str]:
     recipe, store = plan.recipe, plan.store
     events = read_journal(plan.run_dir / "journal.jsonl")
     shards = [each for each in events if isinstance(each, ShardEvent) and not each.duplicate]
-    ended, cut, aside, told = (
+    ended, cut, aside, num_with_logprobs = (
         sum(getattr(each, name) for each in shards)
-        for name in ("num_ended", "num_cut", "num_set_aside", "num_told")
+        for name in ("num_ended", "num_cut", "num_set_aside", "num_with_logprobs")
     )
-    of_told = f" The server told log-probabilities of {told:,}." if recipe.top_logprobs else ""
+    with_logprobs = (
+        f" Log-probabilities came with {num_with_logprobs:,}." if recipe.top_logprobs else ""
+    )
     return [
         scrub(
             f"{recipe.num_shards:,} shards lie in {store.url}/{store.folder}: {recipe.samples:,} "
             f"samples of each of {recipe.num_prompts:,} prompts."
         ),
         f"Of those that were written from {scrub(str(plan.run_dir))}, {ended:,} ended themselves, "
-        f"{cut:,} were cut, and {aside:,} were set aside.{of_told}",
+        f"{cut:,} were cut, and {aside:,} were set aside.{with_logprobs}",
         *_next(plan),
     ]
 
@@ -116,7 +118,7 @@ def _next(plan: "Generation") -> list[str]:
     names = ", ".join(grader.title for grader in plan.config.graders)
     if names:
         return [f"Next: `stillhouse grade`, given the same file, scores them by {names}."]
-    which = " and were told of" if plan.recipe.top_logprobs else ""
+    which = " and have log-probabilities" if plan.recipe.top_logprobs else ""
     return [
         f"To train on those that ended themselves{which}, in a config of a run:",
         "",

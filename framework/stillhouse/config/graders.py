@@ -211,8 +211,8 @@ class AcceptSection(Section):
     )
     with_logprobs: bool = Field(
         False,
-        description="only samples of which the writer's server told the log-probabilities, which "
-        'teacher.engine = "rollouts" learns from',
+        description="only samples with log-probabilities from the writer's API, from which "
+        'teacher.engine = "rollouts" learns',
     )
     best_of: Count | None = Field(
         None,

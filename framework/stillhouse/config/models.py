@@ -154,8 +154,8 @@ class TeacherSection(PoolSection):
         "transformers",
         description="what runs the teacher: transformers, vllm, openai (a server that scores "
         "prompts), text (no model: the target is the next token of the text, and `model` has the "
-        "tokenizer), rollouts (no model: what the writer's API told of its own text, and `model` "
-        "has the tokenizer), or 'package.module:name', a TeacherEngine of your own",
+        "tokenizer), rollouts (no model: the log-probabilities that came with a writer's text, "
+        "and `model` has the tokenizer), or 'package.module:name', a TeacherEngine of your own",
     )
     openai: ScoringSection | None = Field(
         None,

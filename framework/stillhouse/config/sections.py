@@ -199,9 +199,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_an_api_told_is_of_the_corpus(self) -> "Config":
+    def _logprobs_are_those_of_the_corpus(self) -> "Config":
         if self.teacher.engine == "rollouts":
-            _require_told(self)
+            _require_logprobs(self)
         elif self.teacher.rollouts is not None:
             raise ValueError(
                 f'teacher.rollouts is set, but teacher.engine is "{self.teacher.engine}"; set it '
@@ -245,12 +245,12 @@ def _require_text_alone(config: Config) -> None:
         )
 
 
-def _require_told(config: Config) -> None:
+def _require_logprobs(config: Config) -> None:
     corpus, target, found, wanted = config.corpus, config.target, list[str](), list[str]()
-    # samples of one data set, whole, of which something was told
+    # whole samples of one data set, with log-probabilities
     if not corpus.dataset.startswith(ROLLOUTS) or corpus.source != "corpus" or corpus.mixed_with:
         raise ValueError(
-            'teacher.engine is "rollouts", which learns what a writer told of its own text, but '
+            'teacher.engine is "rollouts", which learns from log-probabilities in rollouts, but '
             f"the corpus is {corpus.dataset}, source {corpus.source}, mixed with "
             f"{len(corpus.mixed_with)} more; wanted rollouts alone, as in corpus.dataset = "
             f'"{ROLLOUTS}0123456789abcdef"'
@@ -264,18 +264,18 @@ def _require_told(config: Config) -> None:
         found.append("corpus.packing is true, which cuts samples")
         wanted += ["[corpus]", "packing = false"]
     if corpus.accept is None or not corpus.accept.with_logprobs:
-        found.append("corpus.accept takes samples of which nothing was told")
+        found.append("corpus.accept takes samples without log-probabilities")
         wanted += ["[corpus.accept]", "with_logprobs = true"]
 
-    # the entries that were told, and the tail as one bucket
+    # the entries that there are, and the tail as one bucket
     if target.tail_draws:
         found.append(f"target.tail_draws is {target.tail_draws}")
         wanted += ["[target]", "tail_draws = 0"]
     if found:
         lines = "".join(f"\n      {line}" for line in wanted)
         raise ValueError(
-            'teacher.engine is "rollouts", whose targets are the likeliest tokens that an API told '
-            f"of whole samples; {', '.join(found)}; write{lines}"
+            'teacher.engine is "rollouts", whose targets are log-probabilities of whole samples, '
+            f"as the writer's API gave them; {', '.join(found)}; write{lines}"
         )
 
 

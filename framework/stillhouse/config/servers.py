@@ -117,7 +117,6 @@ class WritingSection(ChatSection):
 
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(
         0,
-        description="the likeliest tokens to be told, with their log-probabilities, in the place "
-        "of each token that it writes, from which a student can learn where each is one id of "
-        "`model`'s tokenizer; 0: it gives text alone",
+        description="the likeliest tokens at each place whose log-probabilities are asked for; a "
+        "student can learn from them where each is one id of `model`'s tokenizer; 0: text alone",
     )

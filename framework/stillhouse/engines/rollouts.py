@@ -1,7 +1,7 @@
-"""`RolloutsEngine`: no model; the targets are the log-probabilities that a writer's API told of its
-own text, as rollouts hold them.
+"""`RolloutsEngine`: no model; the targets are the log-probabilities that a writer's API returned
+with its text, as rollouts hold them.
 
-After the last token before an end of which the API told nothing, the target is the end itself.
+After the last token before an end without log-probabilities, the target is the end itself.
 
 Shapes: T target tokens of a document, K kept entries, S rollouts, L tokens.
 """
@@ -27,9 +27,9 @@ from stillhouse.sequences.rollouts import rollouts_named
 from stillhouse.store import Recipe
 from stillhouse.store.recipe import canonical_json
 from stillhouse.store.rollout_store import RolloutStore
-from stillhouse.store.rollouts import NOT_TOLD, Rollouts
+from stillhouse.store.rollouts import NO_ENTRY, Rollouts
 
-_RULE = "told by the writer"  # part of the teacher's digest: see docs/format.md
+_RULE = "log-probabilities of the writer"  # part of the teacher's digest: see docs/format.md
 _SHARDS = 4  # in memory at one time
 
 
@@ -50,16 +50,16 @@ class RolloutsEngine:
     ) -> None:
         del device, store_url  # where chunks go
         self._recipe, self._dataset = recipe, dataset_of(section)
-        self._told = _Told(rollouts_named(self._dataset))
+        self._index = _Index(rollouts_named(self._dataset))
 
     @classmethod
     def describe(cls, section: TeacherSection, /) -> Capabilities:
-        """Reads the recipe of the rollouts, which says how much was told."""
+        """Reads the recipe of the rollouts, which says how many entries each token has."""
         require_no_gpu(section)
         num_entries = rollouts_named(dataset_of(section)).recipe.top_logprobs
         if not num_entries:
             raise ConfigError(
-                f'teacher.engine is "rollouts", but the writer of {dataset_of(section)} told no '
+                f'teacher.engine is "rollouts", but {dataset_of(section)} has no '
                 "log-probabilities; write rollouts with writer.openai.top_logprobs above 0, or "
                 'learn from the text alone: teacher.engine = "text"'
             )
@@ -83,45 +83,45 @@ class RolloutsEngine:
 
     def targets(self, item: WorkItem) -> CompressedLogits:
         """Targets as tensors on the CPU. Raises TeacherError for a document that is none of the
-        samples of which something was told."""
+        samples with log-probabilities."""
         # where each is, so that no shard is read twice
         documents = [*documents_of(item)]
         places = [self._place_of(document) for document in documents]
         order = sorted(range(len(places)), key=lambda number: places[number])
 
-        # what was told of it
+        # what is stored of it
         found = {number: self._scores(documents[number], places[number]) for number in order}
         return self._compressed([found[number] for number in range(len(documents))])
 
     def probe(self) -> Probe:
-        """What was told of the first sample, repeated to as many tokens as any answer has."""
-        document, place = self._told.first()
-        told = self._compressed([self._scores(document, place)])
-        tokens_T = torch.arange(probe_item(self._recipe).sequences.num_targets) % told.num_tokens
-        answer = told.map(lambda tensor: tensor[tokens_T])
+        """The targets of the first sample, repeated to as many tokens as any answer has."""
+        document, place = self._index.first()
+        found = self._compressed([self._scores(document, place)])
+        tokens_T = torch.arange(probe_item(self._recipe).sequences.num_targets) % found.num_tokens
+        answer = found.map(lambda tensor: tensor[tokens_T])
         return Probe(answer, rounding_kl=0.0, weight_hashes={})
 
     def backend(self) -> Backend:
-        return Backend("rollouts", f"the likeliest {self._recipe.k} that the writer's API told")
+        return Backend("rollouts", f"the likeliest {self._recipe.k} of the writer's API")
 
     def _place_of(self, document: Document) -> _Place:
-        place = self._told.place_of(document.digest)
+        place = self._index.place_of(document.digest)
         if place is None:
             raise TeacherError(
                 f"sequence {document.row} of chunk {document.chunk} is none of the samples of "
-                f"{self._dataset} of which log-probabilities were told; wanted the corpus that the "
+                f"{self._dataset} with log-probabilities; wanted the corpus that the "
                 "run was planned with: plan it anew, in another run directory"
             )
         return place
 
     def _scores(self, document: Document, place: _Place) -> Scores:
-        told, k = self._told.shard(place.shard).told, self._recipe.k
-        assert told is not None, "the recipe asks for them"
-        ids_TK = told.ids_SLK[place.row, document.targets_T, :k].copy()
-        logprobs_TK = told.logprobs_SLK[place.row, document.targets_T, :k].copy()
+        top, k = self._index.shard(place.shard).top, self._recipe.k
+        assert top is not None, "the recipe asks for them"
+        ids_TK = top.ids_SLK[place.row, document.targets_T, :k].copy()
+        logprobs_TK = top.logprobs_SLK[place.row, document.targets_T, :k].copy()
 
-        # the end, of which nothing was told: it follows, and what fills the place has no mass
-        for target in np.flatnonzero(ids_TK[:, 0] == NOT_TOLD):
+        # the end, which has none: it follows, and what fills the place has no mass
+        for target in np.flatnonzero(ids_TK[:, 0] == NO_ENTRY):
             end = int(document.token_ids_D[document.targets_T[target] + 1])
             others = [number for number in range(k) if number != end]
             ids_TK[target] = [end, *others[: k - 1]]
@@ -135,8 +135,8 @@ class RolloutsEngine:
         )
 
 
-class _Told:
-    """The samples of which something was told, by the digest of their ids and targets. Each shard
+class _Index:
+    """The samples with log-probabilities, by the digest of their ids and targets. Each shard
     is read when it is first needed; of samples with the same tokens the first counts."""
 
     def __init__(self, store: RolloutStore) -> None:
@@ -160,14 +160,14 @@ class _Told:
             for document in _documents_in(self.shard(number)):
                 return document, _Place(number, document.row)
         raise TeacherError(
-            "the writer of these rollouts told the log-probabilities of no sample; the log of "
+            "no sample of these rollouts has log-probabilities; the log of "
             "`stillhouse generate` says why: learn from the text alone, or write with another model"
         )
 
 
 def _documents_in(rollouts: Rollouts) -> Iterator[Document]:
-    """The samples of a shard of which something was told."""
-    for row in np.flatnonzero(rollouts.told_rows).tolist():
+    """The samples of a shard that have log-probabilities."""
+    for row in np.flatnonzero(rollouts.rows_with_logprobs).tolist():
         targets_T = np.flatnonzero(rollouts.sequences.loss_mask_SL[row])
         yield Document(rollouts.number, row, rollouts.ids(row), targets_T)
 

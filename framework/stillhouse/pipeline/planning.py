@@ -149,11 +149,11 @@ def _placed(config: Config) -> Config:
     """The config with its places as every worker sees them, and with rollouts of its store."""
     url, checkpoint_url = absolute_url(config.store.url), _absolute(config.student.checkpoint_url)
     corpus = config.corpus.in_store(url)
-    told = corpus.dataset if config.teacher.engine == "rollouts" else None
+    rollouts = corpus.dataset if config.teacher.engine == "rollouts" else None
     sections = {
         "store": config.store.model_copy(update={"url": url}),
         "corpus": corpus,
-        "teacher": config.teacher.model_copy(update={"rollouts": told}),
+        "teacher": config.teacher.model_copy(update={"rollouts": rollouts}),
         "student": config.student.model_copy(update={"checkpoint_url": checkpoint_url}),
     }
     return config.model_copy(update=sections)

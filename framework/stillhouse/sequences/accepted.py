@@ -145,7 +145,7 @@ def _recorded(
         prompts_S=rollouts.prompts_S,
         numbers_S=rollouts.samples_S,
         finish_S=rollouts.finish_S,
-        told_S=rollouts.told_rows,
+        has_logprobs_S=rollouts.rows_with_logprobs,
         scores=scores,
         fingerprints=prints,
         contaminated_S=contaminated_S,

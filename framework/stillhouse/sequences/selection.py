@@ -57,7 +57,7 @@ class Samples:
     prompts_S: np.ndarray  # int64
     numbers_S: np.ndarray  # int64: of the sample among those of its prompt
     finish_S: np.ndarray  # uint8: 0 ended itself, 1 cut, 2 set aside
-    told_S: np.ndarray  # bool: whether the writer told the log-probabilities
+    has_logprobs_S: np.ndarray  # bool: whether it has log-probabilities
     scores: Mapping[str, np.ndarray]  # float64 [S] by the name of a grader
     fingerprints: Fingerprints
     contaminated_S: np.ndarray  # bool; see decontaminate.py
@@ -81,7 +81,7 @@ def joined(shards: Sequence[Samples]) -> Samples:
         prompts_S=np.concatenate([shard.prompts_S for shard in shards]),
         numbers_S=np.concatenate([shard.numbers_S for shard in shards]),
         finish_S=np.concatenate([shard.finish_S for shard in shards]),
-        told_S=np.concatenate([shard.told_S for shard in shards]),
+        has_logprobs_S=np.concatenate([shard.has_logprobs_S for shard in shards]),
         scores={
             name: np.concatenate([shard.scores[name] for shard in shards])
             for name in shards[0].scores
@@ -163,7 +163,7 @@ def _looked_for(samples: Samples, rule: AcceptSection) -> tuple[list[str], list[
         SET_ASIDE_REASON: samples.finish_S == SET_ASIDE,
         UNFINISHED: (samples.finish_S == CUT) & (not rule.keep_unfinished),
         **{LOW_SCORE.format(name): samples.scores[name] < rule.min_score[name] for name in names},
-        WITHOUT_LOGPROBS: ~samples.told_S & rule.with_logprobs,
+        WITHOUT_LOGPROBS: ~samples.has_logprobs_S & rule.with_logprobs,
         CONTAMINATED: samples.contaminated_S,
         BEYOND_BEST_OF: samples.numbers_S >= (np.inf if rule.best_of is None else rule.best_of),
     }

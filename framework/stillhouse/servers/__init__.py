@@ -8,5 +8,5 @@ access     all of these for one folder of a store
 served     the model that answers first, to which all answers are held
 desk       many requests at one time
 chat       what a chat completion or a completion says
-told       and tells of its tokens
+logprobs   and the log-probabilities that come with it
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 from stillhouse.errors import ServerError
 from stillhouse.servers.client import Question, Tokens
-from stillhouse.servers.told import ToldToken, told_of
+from stillhouse.servers.logprobs import TokenLogprobs, logprobs_of
 
 # A token has a byte at least. Beyond them a template adds some to each message.
 _TOKENS_A_MESSAGE, _TOKENS_AROUND = 32, 256
@@ -21,16 +21,16 @@ class Reply:
 
     text: str  # empty where it gives none, such as a call of a tool alone
     finish: str  # "stop", "length", or another reason
-    told: tuple[ToldToken, ...] | None = None  # of each token; None where it tells nothing
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of each token; None where there are none
 
 
 def chat_question(
-    messages: Sequence[Mapping[str, Any]], *, max_tokens: int, num_told: int = 0, **fields: Any
+    messages: Sequence[Mapping[str, Any]], *, max_tokens: int, num_entries: int = 0, **fields: Any
 ) -> Question:
     """A reply to a conversation. `fields` may have `max_completion_tokens`, which then counts.
-    `num_told`: entries to be told with each token."""
-    if num_told:
-        fields = {"logprobs": True, "top_logprobs": num_told} | fields
+    `num_entries`: log-probabilities to ask for with each token."""
+    if num_entries:
+        fields = {"logprobs": True, "top_logprobs": num_entries} | fields
     most = sum(_TOKENS_A_MESSAGE + _num_bytes(message) for message in messages)
     most += _num_bytes(fields)
     # the newer name, which servers that have it take alone
@@ -38,16 +38,16 @@ def chat_question(
     named = {"max_tokens": max_tokens} if newer is None else {}
     asked = {"messages": [*messages], **named} | fields
     tokens = Tokens(most, max_tokens if newer is None else int(newer))
-    return _question("chat/completions", asked, tokens, num_told=num_told)
+    return _question("chat/completions", asked, tokens, num_entries=num_entries)
 
 
-def text_question(text: str, *, max_tokens: int, num_told: int = 0, **fields: Any) -> Question:
-    """What follows a text. `num_told`: entries to be told with each token."""
-    if num_told:
-        fields = {"logprobs": num_told} | fields
+def text_question(text: str, *, max_tokens: int, num_entries: int = 0, **fields: Any) -> Question:
+    """What follows a text. `num_entries`: log-probabilities to ask for with each token."""
+    if num_entries:
+        fields = {"logprobs": num_entries} | fields
     asked = {"prompt": text, "max_tokens": max_tokens} | fields
     tokens = Tokens(_num_bytes(text), max_tokens)
-    return _question("completions", asked, tokens, num_told=num_told)
+    return _question("completions", asked, tokens, num_entries=num_entries)
 
 
 def reply_of(body: Any) -> Reply:
@@ -59,7 +59,7 @@ def reply_of(body: Any) -> Reply:
         return Reply(
             text if isinstance(text, str) else "",
             str(choice.get("finish_reason")),
-            told_of(choice.get("logprobs")),
+            logprobs_of(choice.get("logprobs")),
         )
     except (LookupError, TypeError, AttributeError):
         raise ServerError(
@@ -68,9 +68,9 @@ def reply_of(body: Any) -> Reply:
         ) from None
 
 
-def _question(route: str, fields: dict[str, Any], tokens: Tokens, *, num_told: int) -> Question:
+def _question(route: str, fields: dict[str, Any], tokens: Tokens, *, num_entries: int) -> Question:
     """`tokens`: at most, but for those around a prompt."""
-    num_bytes = _BYTES_A_TOKEN + (_BYTES_AN_ENTRY * (num_told + 1) if num_told else 0)
+    num_bytes = _BYTES_A_TOKEN + (_BYTES_AN_ENTRY * (num_entries + 1) if num_entries else 0)
     return Question(
         route,
         fields,

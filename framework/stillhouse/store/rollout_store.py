@@ -148,22 +148,22 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
             raise ChunkError(
                 f"{name} has the token id {highest}, wanted at most {recipe.vocab_size - 1}"
             )
-        self._check_told(rollouts)
+        self._check_top_logprobs(rollouts)
         if recipe.writer_kind == "weights" and np.isnan(rollouts.sampled_logprobs_SL).any():
             raise ChunkError(f"{name} has log-probabilities that are no number")
         has_none_S = ~rollouts.sequences.loss_mask_SL.any(axis=1)
         if not np.array_equal(has_none_S, rollouts.finish_S == SET_ASIDE):
             raise ChunkError(f"{name} has rollouts without a sampled token that are not set aside")
 
-    def _check_told(self, rollouts: Rollouts) -> None:
-        """Raise ChunkError unless as much is told as the recipe asks for, of its ids."""
-        told, recipe, name = rollouts.told, self.recipe, f"shard {rollouts.number}"
-        found = 0 if told is None else told.ids_SLK.shape[-1]
+    def _check_top_logprobs(self, rollouts: Rollouts) -> None:
+        """Raise ChunkError unless there are as many entries as the recipe asks for, of its ids."""
+        top, recipe, name = rollouts.top, self.recipe, f"shard {rollouts.number}"
+        found = 0 if top is None else top.ids_SLK.shape[-1]
         if found != recipe.top_logprobs:
             raise ChunkError(
                 f"{name} has top_logprobs of {found} entries, wanted {recipe.top_logprobs}"
             )
-        highest = -1 if told is None else int(told.ids_SLK.max())
+        highest = -1 if top is None else int(top.ids_SLK.max())
         if highest >= recipe.vocab_size:
             raise ChunkError(
                 f"{name} has the id {highest} in top_ids, wanted at most {recipe.vocab_size - 1}"

@@ -1,7 +1,7 @@
 """One shard of rollouts as bytes: what a model wrote to a block of prompts, as a safetensors file
 whose checksum covers every byte after its header.
 
-Shapes: S rollouts of a shard, L tokens of one, K entries told of a token, T tokens that have them,
+Shapes: S rollouts of a shard, L tokens of one, K entries of a token, T tokens that have them,
 J = K - 1.
 
 docs/format.md, section 9, has the format.
@@ -33,29 +33,29 @@ from stillhouse.store.stored_sequences import check_sequences
 
 ENDED, CUT, SET_ASIDE = range(3)  # values of `finish`
 UNCHANGING = -1  # the version of weights that never change
-NOT_TOLD = -1  # in place of an id
-ROUNDING = 1e-3  # by which the probabilities that an API tells of a token may exceed 1
+NO_ENTRY = -1  # in place of an id
+ROUNDING = 1e-3  # by which the probabilities that an API gives for a token may exceed 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Told:
-    """What an API told of its own tokens: the likeliest K at each place, under its model's
-    softmax."""
+class TopLogprobs:
+    """Log-probabilities that an API returned with its tokens: of the likeliest K at each place,
+    under its model's softmax."""
 
-    # by logprob descending, ties by id ascending; where nothing was told all K are NaN and NOT_TOLD
+    # by logprob descending, ties by id ascending; where there are none all K are NaN and NO_ENTRY
     logprobs_SLK: npt.NDArray[np.float32]
     ids_SLK: npt.NDArray[np.int32]
 
     @classmethod
-    def nothing(cls, num_rows: int, length: int, num_entries: int) -> "Told":
+    def nothing(cls, num_rows: int, length: int, num_entries: int) -> "TopLogprobs":
         shape = (num_rows, length, num_entries)
-        return cls(np.full(shape, np.nan, np.float32), np.full(shape, NOT_TOLD, np.int32))
+        return cls(np.full(shape, np.nan, np.float32), np.full(shape, NO_ENTRY, np.int32))
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
-        """bool [S, L]: where something was told."""
-        is_told_SL: npt.NDArray[np.bool_] = self.ids_SLK[..., 0] != NOT_TOLD
-        return is_told_SL
+        """bool [S, L]: where there are entries."""
+        has_entries_SL: npt.NDArray[np.bool_] = self.ids_SLK[..., 0] != NO_ENTRY
+        return has_entries_SL
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,7 @@ class Rollouts:
     # 0 where the mask is 0
     sampled_logprobs_SL: npt.NDArray[np.float32]
     finish_S: npt.NDArray[np.uint8]  # ENDED, CUT or SET_ASIDE
-    told: Told | None = None  # None where the recipe asks for none
+    top: TopLogprobs | None = None  # None where the recipe asks for none
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -89,11 +89,11 @@ class Rollouts:
         return ids
 
     @property
-    def told_rows(self) -> npt.NDArray[np.bool_]:
-        """bool [S]: of which the writer told the log-probabilities, but perhaps of the end."""
-        if self.told is None:
+    def rows_with_logprobs(self) -> npt.NDArray[np.bool_]:
+        """bool [S]: that have them at every sampled token, but perhaps the end."""
+        if self.top is None:
             return np.zeros(len(self), np.bool_)
-        return np.asarray(self.told.mask.any(axis=1), np.bool_)
+        return np.asarray(self.top.mask.any(axis=1), np.bool_)
 
     @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
@@ -108,21 +108,21 @@ class Rollouts:
             "finish": self.finish_S,
             "loss_mask": self.sequences.loss_mask_SL,
         }
-        if self.told is not None:
-            tensors |= {"top_logprobs": self.told.logprobs_SLK, "top_ids": self.told.ids_SLK}
+        if self.top is not None:
+            tensors |= {"top_logprobs": self.top.logprobs_SLK, "top_ids": self.top.ids_SLK}
         return tensors
 
 
 def bytes_of_rollout(length: int, *, num_entries: int) -> int:
-    """Of the tensors of one rollout of so many tokens, with so many entries told of each."""
+    """Of the tensors of one rollout of so many tokens, with so many entries of each."""
     return sum(tensor.num_bytes for tensor in _layout(1, length, num_entries))
 
 
 def pack_rollouts(rollouts: Rollouts, fingerprint: str) -> bytes:
     """The file of a shard, of the recipe with this fingerprint. The same values are the same bytes.
     Raises ChunkError, as `unpack_rollouts` does, on values that mean nothing."""
-    told = rollouts.told
-    num_entries = 0 if told is None else told.ids_SLK.shape[-1]
+    top = rollouts.top
+    num_entries = 0 if top is None else top.ids_SLK.shape[-1]
     num_rows, length = rollouts.sequences.token_ids_SL.shape
     layout = _layout(num_rows, length, num_entries)
     for tensor in layout:
@@ -167,7 +167,7 @@ def unpack_rollouts(data: Buffer, fingerprint: str, number: int) -> Rollouts:
         arrays[tensor.name] = np.frombuffer(piece, tensor.numpy_dtype).reshape(tensor.shape)
         start += tensor.num_bytes
     # what they mean
-    told = Told(arrays["top_logprobs"], arrays["top_ids"]) if "top_ids" in arrays else None
+    top = TopLogprobs(arrays["top_logprobs"], arrays["top_ids"]) if "top_ids" in arrays else None
     rollouts = Rollouts(
         number,
         Sequences(arrays["token_ids"], arrays["positions"], arrays["loss_mask"]),
@@ -176,7 +176,7 @@ def unpack_rollouts(data: Buffer, fingerprint: str, number: int) -> Rollouts:
         arrays["weights_version"],
         arrays["sampled_logprobs"],
         arrays["finish"],
-        told,
+        top,
     )
     _check_values(rollouts)
     return rollouts
@@ -266,29 +266,32 @@ def _check_values(rollouts: Rollouts) -> None:
                 f"{name} has {field} from {values.min()} to {values.max()}, wanted at least "
                 f"{least}" + ("" if most is None else f" and at most {most}")
             )
-    if rollouts.told is not None:
-        _check_told(rollouts, rollouts.told)
+    if rollouts.top is not None:
+        _check_top_logprobs(rollouts, rollouts.top)
 
 
-def _check_told(rollouts: Rollouts, told: Told) -> None:
-    """Raise ChunkError where what an API told means nothing."""
+def _check_top_logprobs(rollouts: Rollouts, top: TopLogprobs) -> None:
+    """Raise ChunkError where the entries mean nothing."""
     # at which places: all of K entries or none, and of a rollout all, but perhaps its end
-    name, ids_SLK, is_told_SL = f"shard {rollouts.number}", told.ids_SLK, told.mask
-    is_none_SLK = ids_SLK == NOT_TOLD
-    whole = (is_none_SLK == is_none_SLK[..., :1]).all() and (ids_SLK >= NOT_TOLD).all()
-    if not whole or not np.array_equal(is_none_SLK, np.isnan(told.logprobs_SLK)):
+    name, ids_SLK, has_entries_SL = f"shard {rollouts.number}", top.ids_SLK, top.mask
+    is_none_SLK = ids_SLK == NO_ENTRY
+    whole = (is_none_SLK == is_none_SLK[..., :1]).all() and (ids_SLK >= NO_ENTRY).all()
+    if not whole or not np.array_equal(is_none_SLK, np.isnan(top.logprobs_SLK)):
         raise ChunkError(f"{name} has top_ids or top_logprobs for a part of a place")
     mask_SL = rollouts.sequences.loss_mask_SL == 1
     but_the_end_SL = mask_SL & (np.cumsum(mask_SL, axis=1) < mask_SL.sum(axis=1, keepdims=True))
-    is_whole_S = (is_told_SL == mask_SL).all(axis=1)
-    is_whole_S |= (is_told_SL == but_the_end_SL).all(axis=1) & (rollouts.finish_S == ENDED)
-    if not (is_whole_S | ~is_told_SL.any(axis=1)).all():
+    is_whole_S = (has_entries_SL == mask_SL).all(axis=1)
+    is_whole_S |= (has_entries_SL == but_the_end_SL).all(axis=1) & (rollouts.finish_S == ENDED)
+    if not (is_whole_S | ~has_entries_SL.any(axis=1)).all():
         raise ChunkError(
             f"{name} has top_ids for a part of a rollout, or for a token that was not sampled"
         )
 
     # and which: a distribution's likeliest, in their order
-    ids_TK, logprobs_TK = ids_SLK[is_told_SL], told.logprobs_SLK[is_told_SL].astype(np.float64)
+    ids_TK, logprobs_TK = (
+        ids_SLK[has_entries_SL],
+        top.logprobs_SLK[has_entries_SL].astype(np.float64),
+    )
     falls_TJ, ids_fall_TJ = np.diff(logprobs_TK), np.diff(ids_TK.astype(np.int64))
     if not ((falls_TJ < 0) | ((falls_TJ == 0) & (ids_fall_TJ > 0))).all():
         raise ChunkError(f"{name} has top_logprobs that are not in their order")

@@ -48,7 +48,7 @@ class ShardEvent(RunEvent):
     seconds: float  # from the arrival of the prompts to the published shard
     replica: int
     duplicate: bool  # another publisher was there first
-    num_told: int = 0  # samples of which a server told the log-probabilities
+    num_with_logprobs: int = 0  # samples that have log-probabilities from a server
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Written:
     num_ended: int
     num_cut: int
     num_set_aside: int
-    num_told: int
+    num_with_logprobs: int
     seconds: float
 
     @property
@@ -86,7 +86,7 @@ class Written:
             num_ended=self.num_ended,
             num_cut=self.num_cut,
             num_set_aside=self.num_set_aside,
-            num_told=self.num_told,
+            num_with_logprobs=self.num_with_logprobs,
             seconds=self.seconds,
             replica=worker,
             duplicate=self.ref.duplicate,
@@ -171,8 +171,8 @@ def published(store: RolloutStore, shard: Computed | Found, *, tell: Tell) -> Wr
     ended, cut, aside = (
         int(np.count_nonzero(rollouts.finish_S == each)) for each in (ENDED, CUT, SET_ASIDE)
     )
-    told = int(np.count_nonzero(rollouts.told_rows))
-    return Written(ref, ended, cut, aside, told, monotonic() - began)
+    with_logprobs = int(np.count_nonzero(rollouts.rows_with_logprobs))
+    return Written(ref, ended, cut, aside, with_logprobs, monotonic() - began)
 
 
 def spawn(

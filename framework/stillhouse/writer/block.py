@@ -7,7 +7,7 @@ import numpy as np
 
 from stillhouse.sequence import Sequences
 from stillhouse.store.rollout_recipe import RolloutRecipe
-from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, UNCHANGING, Rollouts, Told
+from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, UNCHANGING, Rollouts, TopLogprobs
 from stillhouse.writer.engine import Prompt, Sample, WriterEngine
 from stillhouse.writer.sampling import seed_of
 
@@ -53,7 +53,7 @@ def _rollouts(
     ids_SL, mask_SL = np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
     logprobs_SL = np.zeros(shape, np.float32)
     finish_S = np.full(len(samples), SET_ASIDE, np.uint8)
-    told = Told.nothing(*shape, recipe.top_logprobs)
+    top = TopLogprobs.nothing(*shape, recipe.top_logprobs)
 
     # a prompt, then what was sampled, each token of which the one before is the context of
     for number, (row, sample) in enumerate(samples):
@@ -65,8 +65,8 @@ def _rollouts(
         mask_SL[number, len(prompt) - 1 : end - 1] = 1
         logprobs_SL[number, len(prompt) - 1 : end - 1] = sample.logprobs
         if sample.top_ids_NK is not None and sample.top_logprobs_NK is not None:
-            told.ids_SLK[number, len(prompt) - 1 : end - 1] = sample.top_ids_NK
-            told.logprobs_SLK[number, len(prompt) - 1 : end - 1] = sample.top_logprobs_NK
+            top.ids_SLK[number, len(prompt) - 1 : end - 1] = sample.top_ids_NK
+            top.logprobs_SLK[number, len(prompt) - 1 : end - 1] = sample.top_logprobs_NK
         finish_S[number] = ENDED if sample.ended else CUT
     positions_SL = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
     prompts_S = np.array([block.prompts[row].number for row, _ in samples], np.int64)
@@ -78,5 +78,5 @@ def _rollouts(
         weights_version_S=np.full(len(samples), UNCHANGING, np.int64),
         sampled_logprobs_SL=logprobs_SL,
         finish_S=finish_S,
-        told=told if recipe.top_logprobs else None,
+        top=top if recipe.top_logprobs else None,
     )

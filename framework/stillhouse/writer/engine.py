@@ -30,10 +30,10 @@ class Sample:
     """What a writer wrote to a prompt: at least one token."""
 
     ids: NDArray[np.int32]  # the one with which it ended itself included
-    # of each, under the distribution that it was drawn from; NaN where a server does not tell
+    # of each, under the distribution that it was drawn from; NaN where a server gives none
     logprobs: NDArray[np.float32]
     ended: bool  # False: it was cut at max_new_tokens
-    # where a server told them: the likeliest in the place of each, in the form of `store.rollouts`
+    # where a server gives them: the likeliest in the place of each, in the form of `store.rollouts`
     top_logprobs_NK: NDArray[np.float32] | None = None
     top_ids_NK: NDArray[np.int32] | None = None
 

@@ -1,5 +1,5 @@
 """`OpenAIWriter`: a model behind a server with OpenAI's API writes; its text is tokenised for those
-who learn from it, unless the server tells its tokens and all of them are theirs.
+who learn from it, unless the server returns its tokens and all of them are theirs.
 
 A chat's messages go to /chat/completions, a text to /completions. What was paid for is kept in the
 store until its shard is published.
@@ -30,12 +30,12 @@ from stillhouse.servers.answers import answers_of
 from stillhouse.servers.chat import Reply, chat_question, reply_of, text_question
 from stillhouse.servers.client import Question, Server
 from stillhouse.servers.desk import all_answers
-from stillhouse.servers.told import told_in, told_in_json
+from stillhouse.servers.logprobs import logprobs_in, logprobs_in_json
 from stillhouse.store.recipe import canonical_json
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
+from stillhouse.writer.api_tokens import NoTargetsError, sample_of_tokens
 from stillhouse.writer.engine import Prompt, Sample
-from stillhouse.writer.told import NotToldError, told_sample
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _MOST_SEED = 2**31 - 1  # what all servers take
 class OpenAIWriter:
     """A writer on a server. Construction sends no request.
 
-    Log-probabilities are known of a sample all of whose tokens, as the server tells them, are ids
+    Log-probabilities are known of a sample all of whose tokens, as the server returns them, are ids
     of the student's tokenizer. Of others the text alone is.
     """
 
@@ -125,9 +125,9 @@ class OpenAIWriter:
         one_token = replace(self._recipe, max_new_tokens=1)
         question = _question(prompt.source, 0, self._options, one_token)
         reply = self._server.ask(question, read=reply_of, stop=threading.Event())
-        if self._token_map is not None and reply.text and not reply.told:
+        if self._token_map is not None and reply.text and not reply.logprobs:
             raise ServerError(
-                f"the server tells no log-probabilities of what it writes, and {_TABLE}."
+                f"the server returns no log-probabilities with what it writes, and {_TABLE}."
                 f"top_logprobs is {self._recipe.top_logprobs}; wanted a server and a model whose "
                 "answers have them: set top_logprobs to 0 to learn from the text alone"
             )
@@ -149,13 +149,17 @@ class OpenAIWriter:
         if self._answers is not None:
             kept = self._answers.read(shard, digest)
             if isinstance(kept.get("text"), str) and isinstance(kept.get("finish"), str):
-                return Reply(kept["text"], kept["finish"], told_in(kept.get("told")))
+                return Reply(kept["text"], kept["finish"], logprobs_in(kept.get("logprobs")))
 
         # bought, and kept where it was paid for
         reply = self._server.ask(question, read=reply_of, stop=stop)
         if self._answers is not None:
-            told = {} if reply.told is None else {"told": told_in_json(reply.told)}
-            self._answers.keep(shard, digest, {"text": reply.text, "finish": reply.finish} | told)
+            logprobs = (
+                {} if reply.logprobs is None else {"logprobs": logprobs_in_json(reply.logprobs)}
+            )
+            self._answers.keep(
+                shard, digest, {"text": reply.text, "finish": reply.finish} | logprobs
+            )
         return reply
 
     def _sample(self, reply: Reply, reasons: Counter[str]) -> Sample | None:
@@ -164,10 +168,10 @@ class OpenAIWriter:
             return None  # withheld, or a call of a tool
         if self._token_map is not None:
             try:
-                sample = told_sample(reply, self._token_map, self._recipe, end_id=self._end_id)
+                sample = sample_of_tokens(reply, self._token_map, self._recipe, end_id=self._end_id)
                 reasons["with log-probabilities"] += 1
                 return sample
-            except NotToldError as error:
+            except NoTargetsError as error:
                 reasons[str(error)] += 1
         return self._of_text(reply)
 
@@ -204,7 +208,7 @@ def _question(source: str, seed: int, options: WritingSection, recipe: RolloutRe
         "temperature": recipe.temperature,
         "top_p": recipe.top_p,
         "seed": seed & _MOST_SEED,
-        "num_told": recipe.top_logprobs,
+        "num_entries": recipe.top_logprobs,
     }
     asked = json.loads(source)
     ask = text_question if "text" in asked else chat_question

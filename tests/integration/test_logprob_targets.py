@@ -115,7 +115,7 @@ def written(server: PromptServer, folder: Path, store: Path) -> dict[str, Any]:
         shard = computed(rollouts, plan.block(number), writer)
         found = published(rollouts, shard, tell=must_not_be_called)
         assert isinstance(found, Written)
-        assert (found.num_told, found.num_ended) == (8, 8)
+        assert (found.num_with_logprobs, found.num_ended) == (8, 8)
     return tomllib.loads("\n".join(lines_for_a_run(plan)))
 
 

@@ -1,5 +1,5 @@
-"""What a server that writes tells of its own tokens: each one that it sampled, and the likeliest in
-its place, with their log-probabilities.
+"""Log-probabilities that a server returns with its text: of each token that it sampled, and of the
+likeliest ones in its place.
 
 A chat completion has them under `content`, each as a text and, where the server can, its bytes:
 
@@ -23,50 +23,50 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ToldToken:
+class TokenLogprobs:
     """A token that was sampled, and the likeliest ones in its place."""
 
     sampled: Entry
     top: tuple[Entry, ...]
 
 
-def told_of(logprobs: Any) -> tuple[ToldToken, ...] | None:
+def logprobs_of(logprobs: Any) -> tuple[TokenLogprobs, ...] | None:
     """What the `logprobs` of a choice say; None where they say nothing, or no finite numbers."""
     try:
         if "tokens" in logprobs:
             return _of_completion(logprobs)
         return tuple(
-            ToldToken(_entry(each), tuple(map(_entry, each["top_logprobs"])))
+            TokenLogprobs(_entry(each), tuple(map(_entry, each["top_logprobs"])))
             for each in logprobs["content"]
         )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
-def told_in_json(told: tuple[ToldToken, ...]) -> list[list[list[Any]]]:
+def logprobs_in_json(tokens: tuple[TokenLogprobs, ...]) -> list[list[list[Any]]]:
     """For each token a list of pairs: the sampled one, then the likeliest; bytes as hexadecimal
     digits."""
     return [
-        [[token.hex(), logprob] for token, logprob in (each.sampled, *each.top)] for each in told
+        [[token.hex(), logprob] for token, logprob in (each.sampled, *each.top)] for each in tokens
     ]
 
 
-def told_in(values: Any) -> tuple[ToldToken, ...] | None:
-    """What `told_in_json` wrote; None where it is something else."""
+def logprobs_in(values: Any) -> tuple[TokenLogprobs, ...] | None:
+    """What `logprobs_in_json` wrote; None where it is something else."""
     try:
         found = [
             [Entry(bytes.fromhex(token), _finite(logprob)) for token, logprob in entries]
             for entries in values
         ]
-        return tuple(ToldToken(entries[0], tuple(entries[1:])) for entries in found)
+        return tuple(TokenLogprobs(entries[0], tuple(entries[1:])) for entries in found)
     except (LookupError, TypeError, ValueError):
         return None
 
 
-def _of_completion(logprobs: Mapping[str, Any]) -> tuple[ToldToken, ...]:
+def _of_completion(logprobs: Mapping[str, Any]) -> tuple[TokenLogprobs, ...]:
     columns = logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"]
     return tuple(
-        ToldToken(
+        TokenLogprobs(
             Entry(token.encode(), _finite(logprob)),
             tuple(Entry(name.encode(), _finite(each)) for name, each in top.items()),
         )

@@ -28,14 +28,14 @@ from stillhouse.models import load_tokenizer
 from stillhouse.models.token_bytes import bytes_by_id, token_map
 from stillhouse.pipeline import plan_generation
 from stillhouse.servers.chat import Reply, reply_of
-from stillhouse.servers.told import Entry, ToldToken
+from stillhouse.servers.logprobs import Entry, TokenLogprobs
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, Rollouts
+from stillhouse.writer.api_tokens import NoTargetsError, sample_of_tokens
 from stillhouse.writer.block import PromptBlock, written
 from stillhouse.writer.engine import Prompt
 from stillhouse.writer.openai import OpenAIWriter
-from stillhouse.writer.told import NotToldError, told_sample
 
 VOCAB_SIZE, END_ID, K = 300, 0, 3
 OTHER_SPECIAL = [1, 2]
@@ -95,11 +95,11 @@ def writer_of(
     return OpenAIWriter(section, recipe, device="cpu", store_url=str(store), patience=BRIEF)
 
 
-def told_in(rollouts: Rollouts, row: int) -> tuple[np.ndarray, np.ndarray]:
+def logprobs_in(rollouts: Rollouts, row: int) -> tuple[np.ndarray, np.ndarray]:
     """[N, K]: entries and their log-probabilities of a row's sampled places."""
-    assert rollouts.told is not None
+    assert rollouts.top is not None
     places = rollouts.sequences.loss_mask_SL[row] == 1
-    return rollouts.told.ids_SLK[row, places], rollouts.told.logprobs_SLK[row, places]
+    return rollouts.top.ids_SLK[row, places], rollouts.top.logprobs_SLK[row, places]
 
 
 @pytest.mark.parametrize("tells_end", [False, True])
@@ -116,27 +116,31 @@ def test_a_sample_is_the_servers_own_tokens_with_what_it_told_of_each(
     names = bytes_by_id(tokenizer)
     server.teller = Teller(lambda _: [*letters], names, end_id=END_ID if tells_end else None)
     rollouts = written(block_of(0), writer_of(model, server, tmp_path), RECIPE)
-    assert rollouts.told_rows.all()
+    assert rollouts.rows_with_logprobs.all()
     assert set(rollouts.finish_S.tolist()) == {ENDED}
     assert rollouts.sampled_ids(0).tolist() == [*letters, END_ID]
     assert tokenizer.encode("the end") != letters
 
     # what was told, and of the end only where it was
     wanted_NV = without_special([5, *letters])
-    ids_NK, logprobs_NK = told_in(rollouts, 0)
-    num_told = len(letters) + tells_end
-    assert (ids_NK[num_told:] == -1).all()
-    assert np.isnan(logprobs_NK[num_told:]).all()
-    best_NK = wanted_NV.topk(K, dim=1).values[:num_told]
-    np.testing.assert_allclose(logprobs_NK[:num_told], best_NK, rtol=1e-6)
-    found_NK = wanted_NV[:num_told].gather(1, torch.from_numpy(ids_NK[:num_told]).long())
+    ids_NK, logprobs_NK = logprobs_in(rollouts, 0)
+    num_with_logprobs = len(letters) + tells_end
+    assert (ids_NK[num_with_logprobs:] == -1).all()
+    assert np.isnan(logprobs_NK[num_with_logprobs:]).all()
+    best_NK = wanted_NV.topk(K, dim=1).values[:num_with_logprobs]
+    np.testing.assert_allclose(logprobs_NK[:num_with_logprobs], best_NK, rtol=1e-6)
+    found_NK = wanted_NV[:num_with_logprobs].gather(
+        1, torch.from_numpy(ids_NK[:num_with_logprobs]).long()
+    )
     np.testing.assert_allclose(found_NK, best_NK, rtol=1e-6)
     sampled = rollouts.sampled_logprobs_SL[0][rollouts.sequences.loss_mask_SL[0] == 1]
-    labels = torch.tensor([*letters, END_ID])[:num_told, None]
+    labels = torch.tensor([*letters, END_ID])[:num_with_logprobs, None]
     np.testing.assert_allclose(
-        sampled[:num_told], wanted_NV[:num_told].gather(1, labels)[:, 0], rtol=1e-6
+        sampled[:num_with_logprobs],
+        wanted_NV[:num_with_logprobs].gather(1, labels)[:, 0],
+        rtol=1e-6,
     )
-    assert np.isnan(sampled[num_told:]).all()
+    assert np.isnan(sampled[num_with_logprobs:]).all()
     RolloutStore(str(tmp_path), RECIPE).publish(rollouts)  # all values may be stored
 
 
@@ -178,7 +182,7 @@ def test_what_was_drawn_from_another_distribution_has_no_log_probability(
 ) -> None:
     recipe = replace(RECIPE, **changes)
     rollouts = written(block_of(0), writer_of(model, server, tmp_path, recipe), recipe)
-    assert rollouts.told_rows.all()
+    assert rollouts.rows_with_logprobs.all()
     is_sampled_SL = rollouts.sequences.loss_mask_SL == 1
     assert np.isnan(rollouts.sampled_logprobs_SL[is_sampled_SL]).all()
 
@@ -196,33 +200,33 @@ def reply(tokenizer: PreTrainedTokenizerFast) -> Reply:
     for place, token in enumerate(ids):
         others = [names[60 + place], names[70 + place]]
         entries = [Entry(name, math.log(0.4)) for name in (names[token], *others[:1])]
-        told.append(ToldToken(entries[0], (*entries, Entry(others[1], math.log(0.1)))))
+        told.append(TokenLogprobs(entries[0], (*entries, Entry(others[1], math.log(0.1)))))
     return Reply("x \N{SNOWMAN}", "stop", tuple(told))
 
 
-def with_place(reply: Reply, place: int, told: ToldToken) -> Reply:
-    assert reply.told is not None
-    return replace(reply, told=(*reply.told[:place], told, *reply.told[place + 1 :]))
+def with_place(reply: Reply, place: int, told: TokenLogprobs) -> Reply:
+    assert reply.logprobs is not None
+    return replace(reply, logprobs=(*reply.logprobs[:place], told, *reply.logprobs[place + 1 :]))
 
 
 def changed_top(reply: Reply, *entries: Entry) -> Reply:
     """With these in place of the last entries of a place."""
-    assert reply.told is not None
-    told = reply.told[1]
+    assert reply.logprobs is not None
+    told = reply.logprobs[1]
     return with_place(reply, 1, replace(told, top=(*told.top[: K - len(entries)], *entries)))
 
 
 def told(reply: Reply, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Any:
     tokens = token_map(tokenizer, end_ids=(END_ID,))
-    return told_sample(reply, tokens, replace(RECIPE, **changes), end_id=END_ID)
+    return sample_of_tokens(reply, tokens, replace(RECIPE, **changes), end_id=END_ID)
 
 
 def nothing(reply: Reply) -> Reply:
-    return replace(reply, told=None)
+    return replace(reply, logprobs=None)
 
 
 def no_token(reply: Reply) -> Reply:
-    return replace(reply, text="", told=())
+    return replace(reply, text="", logprobs=())
 
 
 def unknown_entry(reply: Reply) -> Reply:
@@ -234,8 +238,8 @@ def special_entry(reply: Reply) -> Reply:
 
 
 def unknown_sampled(reply: Reply) -> Reply:
-    assert reply.told is not None
-    return with_place(reply, 0, replace(reply.told[0], sampled=Entry(b"no such token", -1.0)))
+    assert reply.logprobs is not None
+    return with_place(reply, 0, replace(reply.logprobs[0], sampled=Entry(b"no such token", -1.0)))
 
 
 def another_text(reply: Reply) -> Reply:
@@ -247,32 +251,32 @@ def a_stripped_text(reply: Reply) -> Reply:
 
 
 def an_end_inside(reply: Reply) -> Reply:
-    assert reply.told is not None
-    end = replace(reply.told[0], sampled=Entry(b"<|endoftext|>", -1.0))
+    assert reply.logprobs is not None
+    end = replace(reply.logprobs[0], sampled=Entry(b"<|endoftext|>", -1.0))
     changed = with_place(reply, 0, end)
     return replace(changed, text=f"<|endoftext|>{reply.text[1:]}")
 
 
 def an_entry_twice(reply: Reply) -> Reply:
-    assert reply.told is not None
-    return changed_top(reply, reply.told[1].top[0])
+    assert reply.logprobs is not None
+    return changed_top(reply, reply.logprobs[1].top[0])
 
 
 def an_entry_fewer(reply: Reply) -> Reply:
-    assert reply.told is not None
-    return with_place(reply, 1, replace(reply.told[1], top=reply.told[1].top[:-1]))
+    assert reply.logprobs is not None
+    return with_place(reply, 1, replace(reply.logprobs[1], top=reply.logprobs[1].top[:-1]))
 
 
 def above_one(reply: Reply) -> Reply:
-    assert reply.told is not None
-    return changed_top(reply, Entry(reply.told[1].top[2].token, math.log(0.202)))
+    assert reply.logprobs is not None
+    return changed_top(reply, Entry(reply.logprobs[1].top[2].token, math.log(0.202)))
 
 
 def one_above_one(reply: Reply) -> Reply:
-    assert reply.told is not None
-    first, second, third = (each.token for each in reply.told[1].top)
+    assert reply.logprobs is not None
+    first, second, third = (each.token for each in reply.logprobs[1].top)
     top = (Entry(first, -30.0), Entry(second, 0.01), Entry(third, -31.0))
-    return with_place(reply, 1, ToldToken(top[0], top))
+    return with_place(reply, 1, TokenLogprobs(top[0], top))
 
 
 @pytest.mark.parametrize(
@@ -299,14 +303,14 @@ def test_a_reply_without_sound_targets_is_refused_by_its_reason(
     reason: str,
 ) -> None:
     assert len(told(reply, tokenizer).ids) == 6
-    with pytest.raises(NotToldError, match=reason):
+    with pytest.raises(NoTargetsError, match=reason):
         told(spoil(reply), tokenizer)
 
 
 def test_more_tokens_than_were_asked_for_are_refused(
     reply: Reply, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(NotToldError, match="more tokens"):
+    with pytest.raises(NoTargetsError, match="more tokens"):
         told(reply, tokenizer, max_new_tokens=4)
     assert not told(reply, tokenizer, max_new_tokens=5).ended  # no room for an end
     assert not told(replace(reply, finish="length"), tokenizer).ended
@@ -315,12 +319,12 @@ def test_more_tokens_than_were_asked_for_are_refused(
 def test_rounding_up_to_a_thousandth_is_taken(
     reply: Reply, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert reply.told is not None
-    _, second, third = (each.token for each in reply.told[1].top)
-    sure = ToldToken(
-        replace_logprob(reply.told[1].sampled, 0.0005),
+    assert reply.logprobs is not None
+    _, second, third = (each.token for each in reply.logprobs[1].top)
+    sure = TokenLogprobs(
+        replace_logprob(reply.logprobs[1].sampled, 0.0005),
         (
-            replace_logprob(reply.told[1].top[0], 0.0005),
+            replace_logprob(reply.logprobs[1].top[0], 0.0005),
             Entry(second, -9999.0),
             Entry(third, -30.0),
         ),
@@ -328,7 +332,9 @@ def test_rounding_up_to_a_thousandth_is_taken(
     sample = told(with_place(reply, 1, sure), tokenizer)
     assert sample.top_logprobs_NK[1].tolist() == [0.0, -30.0, -9999.0]
     assert sample.logprobs[1] == 0.0
-    unlikely = replace(reply.told[1], sampled=replace_logprob(reply.told[1].sampled, -9999.0))
+    unlikely = replace(
+        reply.logprobs[1], sampled=replace_logprob(reply.logprobs[1].sampled, -9999.0)
+    )
     assert np.isnan(told(with_place(reply, 1, unlikely), tokenizer).logprobs[1])
 
 
@@ -339,8 +345,8 @@ def replace_logprob(entry: Entry, logprob: float) -> Entry:
 def test_entries_lie_by_probability_and_ties_by_id(
     reply: Reply, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert reply.told is not None
-    swapped = replace(reply.told[1], top=reply.told[1].top[::-1])
+    assert reply.logprobs is not None
+    swapped = replace(reply.logprobs[1], top=reply.logprobs[1].top[::-1])
     for each in (reply, with_place(reply, 1, swapped)):
         sample = told(each, tokenizer)
         first, second, third = sample.top_ids_NK[1].tolist()
@@ -354,15 +360,15 @@ def test_a_log_probability_that_is_no_number_tells_nothing(logprob: Any) -> None
     content = [entry | {"logprob": -1.0, "top_logprobs": [entry]}]
     choice = {"finish_reason": "stop", "message": {"content": "a"}}
     found = reply_of({"choices": [choice | {"logprobs": {"content": content}}]})
-    assert (found.text, found.told is None) == ("a", logprob != "-1")
-    assert reply_of({"choices": [choice | {"logprobs": {"content": None}}]}).told is None
+    assert (found.text, found.logprobs is None) == ("a", logprob != "-1")
+    assert reply_of({"choices": [choice | {"logprobs": {"content": None}}]}).logprobs is None
 
 
 @pytest.mark.parametrize("given", [1 << 50, [256], "a", {"a": 1}, [[97]]])
 def test_bytes_that_are_none_tell_nothing(given: Any) -> None:
     entry = {"token": "a", "bytes": given, "logprob": -1.0, "top_logprobs": []}
     choice = {"finish_reason": "stop", "text": "a", "logprobs": {"content": [entry]}}
-    assert reply_of({"choices": [choice]}).told is None
+    assert reply_of({"choices": [choice]}).logprobs is None
 
 
 def test_a_text_is_learnt_as_it_is_where_its_tokens_are_not_told(
@@ -375,7 +381,7 @@ def test_a_text_is_learnt_as_it_is_where_its_tokens_are_not_told(
     recipe = replace(RECIPE, samples=8)
     writer = writer_of(model, server, tmp_path, recipe, max_in_flight=1)
     rollouts = written(block_of(0), writer, recipe)
-    assert 0 < rollouts.told_rows.sum() < len(rollouts)
+    assert 0 < rollouts.rows_with_logprobs.sum() < len(rollouts)
     for row in range(len(rollouts)):
         assert rollouts.sampled_ids(row).tolist() == [*tokenizer.encode(TEXT), END_ID]
     RolloutStore(str(tmp_path), recipe).publish(rollouts)
@@ -392,7 +398,7 @@ def test_a_server_that_tells_nothing_is_refused_before_anything_is_bought(
     writer = writer_of(model, server, tmp_path)
     writer.prove(block_of(0).prompts[0])
     server.changed = without_logprobs
-    with pytest.raises(ServerError, match=r"tells no log-probabilities.*set top_logprobs to 0"):
+    with pytest.raises(ServerError, match=r"returns no log-probabilities.*set top_logprobs to 0"):
         writer.prove(block_of(0).prompts[0])
     server.reply = lambda _request: ("", "length")  # it thinks for longer than one token
     writer.prove(block_of(0).prompts[0])
@@ -416,7 +422,7 @@ def test_a_killed_writer_loses_nothing_of_what_was_told(
     assert died == -signal.SIGKILL
     rollouts = written(block_of(0), writer_of(model, server, tmp_path, **PAID), RECIPE)
     assert len(server.requests) == 4 + 1  # the one that was on its way
-    assert rollouts.told_rows.all()
+    assert rollouts.rows_with_logprobs.all()
 
     # and from what is kept alone the same is made
     again = written(block_of(0), writer_of(model, server, tmp_path, **PAID), RECIPE)
@@ -431,7 +437,7 @@ def test_a_kept_answer_has_what_was_told_as_the_page_says(
     written(block_of(0), writer_of(model, server, tmp_path, **PAID), RECIPE)
     for path in tmp_path.glob("rollouts/*/purchases/answers/*/*.json"):
         values = json.loads(path.read_text())
-        told = values["told"]
+        told = values["logprobs"]
         assert b"".join(bytes.fromhex(entries[0][0]) for entries in told).decode() == TEXT
         assert [len(entries) for entries in told] == [1 + K] * len(tokenizer.encode(TEXT))
 
