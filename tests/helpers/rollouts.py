@@ -1,5 +1,7 @@
 """Recipes of rollouts, and shards of them that no model wrote."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,3 +80,11 @@ def _told(
             told.ids_SLK[row, at] = ids_K[order_K]
             told.logprobs_SLK[row, at] = logprobs_K[order_K]
     return told
+
+
+def write_sums(folder: Path, *, num_prompts: int, model: Path, config: str) -> None:
+    """A config file with its data set of sums, and its writer beside it."""
+    rows = [{"question": f"{n}+{n + 10}=", "answer": f"{2 * n + 10}"} for n in range(num_prompts)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "writer").symlink_to(model)
+    (folder / "maths.toml").write_text(config)

@@ -18,6 +18,7 @@ import pytest
 from helpers.calls import must_not_be_called
 from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import make_model
+from helpers.rollouts import write_sums
 from helpers.world import TinyWorld, merged
 from helpers.writers import Pupil
 from stillhouse.config.generate import load_generate_config
@@ -89,10 +90,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Path:
     """A config file with its data set and its writer."""
-    rows = [{"question": f"{n}+{n + 10}=", "answer": f"{2 * n + 10}"} for n in range(NUM_PROMPTS)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "writer").symlink_to(model)
-    (tmp_path / "maths.toml").write_text(CONFIG)
+    write_sums(tmp_path, num_prompts=NUM_PROMPTS, model=model, config=CONFIG)
     return tmp_path
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.command import Outcome, stillhouse, toml_value
 from helpers.damage import read_only
 from helpers.models import make_model
-from helpers.rollouts import make_shard
+from helpers.rollouts import make_shard, write_sums
 from stillhouse.config.generate import load_generate_config
 from stillhouse.graders import identity_of
 from stillhouse.models import load_model
@@ -55,11 +55,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Path:
     """A config file with its data set, of which one row is too long, and its writer."""
-    rows = [{"question": f"{n}+{n + 10}=", "answer": f"{2 * n + 10}"} for n in range(NUM_PROMPTS)]
-    rows.append({"question": "1+" * 200, "answer": "1"})
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "writer").symlink_to(model)
-    (tmp_path / "maths.toml").write_text(CONFIG)
+    write_sums(tmp_path, num_prompts=NUM_PROMPTS, model=model, config=CONFIG)
+    with (tmp_path / "sums.jsonl").open("a") as rows:
+        rows.write(json.dumps({"question": "1+" * 200, "answer": "1"}) + "\n")
     return tmp_path
 
 
