@@ -288,12 +288,22 @@ def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Pat
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory. Raises OSError where another process holds it, or the file
-    system has no such locks."""
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """A block that no two processes, and no two threads, are in at the same time for the same
+    directory. Where its file system has no locks of directories they are."""
+    with ExitStack() as lock:
+        with suppress(OSError):
+            lock.enter_context(_locked(directory, wait=True))
+        yield
+
+
+@contextmanager
+def _locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a directory. Raises OSError where another process holds it, unless it may
+    `wait`, or the file system has no such locks."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

@@ -25,7 +25,7 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.pipeline import Plan
 from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
-from stillhouse.sequence import WorkItem
+from stillhouse.sequences.stored import Work
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
@@ -82,14 +82,14 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
     coordinator = Coordinator.create()
     stopped: list[psutil.Process] = []
 
-    def item_of(number: int) -> WorkItem:
+    def item_of(number: int) -> Work:
         if not stopped:
             stopped.append(youngest("ray::_TeacherActor"))
             stopped[0].suspend()
         return plan.item(number)
 
     job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
-    pool: Dispatcher[WorkItem, Ready] = Dispatcher(
+    pool: Dispatcher[Work, Ready] = Dispatcher(
         ActorBackend(
             partial(
                 spawn,

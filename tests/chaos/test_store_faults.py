@@ -41,8 +41,8 @@ from stillhouse.pipeline.run_dir import changes_since, config_of
 from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.retry import Patience
-from stillhouse.sequence import WorkItem
 from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.sequences.stored import Work
 from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import Ready, TeacherJob, publish_when_possible, spawn
@@ -454,13 +454,11 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
     require_kept(journal.rows, store=store)
 
 
-def pool_of(
-    plan: Plan, coordinator: Coordinator, journal: ListTracker
-) -> Dispatcher[WorkItem, Ready]:
+def pool_of(plan: Plan, coordinator: Coordinator, journal: ListTracker) -> Dispatcher[Work, Ready]:
     section = plan.config.teacher
     store = ChunkStore(plan.config.store.url, plan.recipe)
     job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
-    crew: ActorBackend[WorkItem, Ready] = ActorBackend(
+    crew: ActorBackend[Work, Ready] = ActorBackend(
         partial(
             spawn,
             job,

@@ -14,6 +14,7 @@ from stillhouse.config import Config, parse_config
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.logits import concatenate, encode
 from stillhouse.pipeline import Plan, make_plan
+from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkStore
 
 _VOCAB_SIZE = 300
@@ -37,6 +38,11 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if key in base
     }
     return base | changes | both
+
+
+def item_with_tokens(plan: Plan, number: int) -> WorkItem:
+    """A chunk's sequences, wherever a teacher would read them."""
+    return WorkItem(number, plan.sources.train.block(number))
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,6 @@ class TinyWorld:
             return
         teacher = TransformersEngine(plan.config.teacher, plan.recipe, device="cpu")
         for number in sorted(missing):
-            item = plan.item(number)
+            item = item_with_tokens(plan, number)
             records = encode(concatenate(teacher.targets(item)), plan.recipe.spec).numpy()
             store.publish(Chunk(number, item.sequences, records))

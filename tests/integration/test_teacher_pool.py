@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from helpers.processes import kill_one
-from helpers.world import TinyWorld
+from helpers.world import TinyWorld, item_with_tokens
 from stillhouse import pipeline
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
@@ -39,6 +39,7 @@ from stillhouse.pipeline.attempt import attempt
 from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
+from stillhouse.sequences.stored import Work
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 from stillhouse.teacher.first_answer import require_first_teacher
@@ -101,9 +102,9 @@ def pool_of(
     *,
     order: list[int],
     journal: WatchedTracker,
-    item_of: Callable[[int], WorkItem],
+    item_of: Callable[[int], Work],
     **teacher: Any,
-) -> Dispatcher[WorkItem, Ready]:
+) -> Dispatcher[Work, Ready]:
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return Dispatcher(
@@ -164,9 +165,7 @@ def has_made(journal: WatchedTracker, chunks: set[int], _rows: list[RunEvent]) -
     return journal.made().keys() >= chunks
 
 
-def live_through_it(
-    story: Story, pool: Dispatcher[WorkItem, Ready], coordinator: Coordinator
-) -> None:
+def live_through_it(story: Story, pool: Dispatcher[Work, Ready], coordinator: Coordinator) -> None:
     order, journal = story.order, story.journal
     unwanted = story.plan.chunks[NUM_CHUNKS]
     students_are_done = threading.Event()
@@ -239,7 +238,7 @@ def story(
     story = Story(plan, plan.chunks[:NUM_CHUNKS], WatchedTracker())
     asked: list[int] = []
 
-    def item_of(number: int) -> WorkItem:
+    def item_of(number: int) -> Work:
         asked.append(number)
         if len(asked) == WINDOW:
             # each has a chunk in work, and one is about to get another
@@ -360,7 +359,7 @@ def poisoned_attempt(
             order=[sound, bad],
             journal=journal,
             item_of=lambda number: (
-                poisoned(plan.item(number)) if number == bad else plan.item(number)
+                poisoned(item_with_tokens(plan, number)) if number == bad else plan.item(number)
             ),
             max_failures=1,
         )
@@ -385,7 +384,8 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
     (row,) = [row for row in journal.rows if isinstance(row, SetAsideEvent)]
     assert (row.chunk, row.sequences) == (bad, [plan.recipe.chunk_rows(bad)[0]])
     assert row.reason.startswith("IndexError: index out of range")
-    made_chunk, item = ChunkStore(plan.config.store.url, plan.recipe).fetch(bad), plan.item(bad)
+    made_chunk = ChunkStore(plan.config.store.url, plan.recipe).fetch(bad)
+    item = item_with_tokens(plan, bad)
     assert not made_chunk.sequences.loss_mask_SL[0].any()
     assert np.array_equal(made_chunk.sequences.loss_mask_SL[1:], item.sequences.loss_mask_SL[1:])
     assert np.array_equal(made_chunk.sequences.token_ids_SL[1:], item.sequences.token_ids_SL[1:])
@@ -468,7 +468,7 @@ def test_a_store_that_cannot_be_written_ends_the_run_at_once(
     plan = new_plan(tiny_world, tmp_path)
     asked: list[int] = []
 
-    def item_of(number: int) -> WorkItem:
+    def item_of(number: int) -> Work:
         asked.append(number)
         return plan.item(number)
 

@@ -2,6 +2,7 @@
 stopped and goes on; its losses are those of the same student beside a real teacher."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from helpers.world import TinyWorld, merged
 from helpers.writers import Pupil
 from stillhouse import pipeline
 from stillhouse.config.generate import GenerateConfig
+from stillhouse.errors import CorpusError
 from stillhouse.evaluation.scores import ModelName
 from stillhouse.losses.score import Scores
 from stillhouse.pipeline import Plan
@@ -133,3 +135,27 @@ def test_its_student_is_scored_without_a_teacher(trained: Trained) -> None:
     assert scores.kl != scores.kl  # nan: compared with nothing
     page = (trained.plan.run_dir / "report.html").read_text()
     assert "trained on the text alone, reaches a held-out cross-entropy" in page
+
+
+def test_its_teachers_read_the_rollouts_themselves_and_refuse_what_was_not_packed(
+    trained: Trained, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """From another store than that of the chunks. A damaged token is found there, and not what the
+    driver packed before is scored."""
+    rollouts = tmp_path / "rollouts"
+    digits = trained.data["corpus"]["dataset"].removeprefix("rollouts://")
+    shutil.copytree(Path(trained.plan.config.store.url) / "rollouts", rollouts / "rollouts")
+    values = {
+        "corpus": trained.data["corpus"] | {"dataset": f"rollouts://{rollouts}/{digits}"},
+        "store": {"url": str(tmp_path / "targets"), "chunk_sequences": 4},
+        "teacher": trained.plan.config.teacher.model_dump(include={"engine", "model"}),
+        "target": {"k": 1, "tail_draws": 0},
+        "student": LEARNING | {"max_steps": STEPS},
+    }
+    plan = tiny_world.plan(tmp_path / "run", **values)
+    (damaged,) = [file for file in rollouts.rglob("*.safetensors") if file.stem.endswith("1")]
+    data = damaged.read_bytes()
+    start, end = len(data) * 2 // 3, len(data) * 5 // 6  # where a shard has its ids
+    damaged.write_bytes(data[:start] + bytes(end - start) + data[end:])
+    with pytest.raises(CorpusError, match="packed from: shard 1 is damaged"):
+        pipeline.produce(plan)

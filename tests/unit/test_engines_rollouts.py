@@ -13,7 +13,7 @@ import pytest
 
 from helpers.models import make_model
 from helpers.rollouts import make_shard, small_rollout_recipe
-from helpers.world import TinyWorld, merged
+from helpers.world import TinyWorld, item_with_tokens, merged
 from stillhouse.cli.check import describe
 from stillhouse.config import TeacherSection, parse_config
 from stillhouse.engines.rollouts import RolloutsEngine
@@ -177,9 +177,9 @@ def test_an_end_that_was_told_is_a_target_as_others_are(
     store = RolloutStore.create(str(tmp_path / "store"), recipe)
     store.publish(replace(shard, top=told))
     plan = plan_of(tiny_world, tmp_path / "run", tokenizer, store)
-    found = targets_of(plan, plan.item(0))
+    found = targets_of(plan, item_with_tokens(plan, 0))
     assert set(found.token_ids_TK[:, 0].tolist()) == {9}
-    assert found.num_tokens == plan.item(0).sequences.num_targets
+    assert found.num_tokens == item_with_tokens(plan, 0).sequences.num_targets
 
 
 def test_of_samples_with_the_same_tokens_the_first_is_the_target(
@@ -228,7 +228,7 @@ def test_a_sequence_that_is_no_sample_is_named(
     tiny_world: TinyWorld, tokenizer: str, store: RolloutStore, tmp_path: Path
 ) -> None:
     plan = plan_of(tiny_world, tmp_path / "run", tokenizer, store)
-    item = plan.item(0)
+    item = item_with_tokens(plan, 0)
     item.sequences.token_ids_SL[3] += 1
     with pytest.raises(TeacherError, match=r"sequence 3 of chunk 0 is none of the samples of roll"):
         targets_of(plan, item)

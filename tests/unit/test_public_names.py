@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import stillhouse
-from helpers.world import TinyWorld
+from helpers.world import TinyWorld, item_with_tokens
 from stillhouse.cli.reference import signature_of
 from stillhouse.store import Chunk
 
@@ -145,7 +145,7 @@ def test_a_run_is_planned_and_its_store_read(tiny_world: TinyWorld, tmp_path: Pa
     assert isinstance(plan.recipe, stillhouse.Recipe)
     assert stillhouse.list_recipes(str(tmp_path / "store")) == []
     store = stillhouse.ChunkStore.create(str(tmp_path / "store"), plan.recipe)
-    sequences = plan.item(0).sequences
+    sequences = item_with_tokens(plan, 0).sequences
     num_targets = int(sequences.loss_mask_SL.sum())
     spec = plan.recipe.spec
     assert isinstance(spec, stillhouse.TargetSpec)

@@ -10,11 +10,13 @@ from pathlib import Path
 from time import time
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import ray.train
 from ray._private import ray_constants, services
 from ray.core.generated import autoscaler_pb2
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api import data_parallel_trainer
 
 from stillhouse.cluster import _ray_compat
@@ -122,3 +124,21 @@ def test_a_thread_that_waits_for_ray_trains_controller_is_freed_by_its_end() -> 
         ray.get(running, timeout=60)
     assert ray.wait([other_running], timeout=0)[0] == [], REMEDY
     ray.kill(other)
+
+
+def test_a_trainer_without_data_sets_has_all_other_callbacks_of_rays_own() -> None:
+    def callbacks_of(trainer: Any) -> list[str]:
+        made = trainer(print, run_config=ray.train.RunConfig(storage_path="/tmp"))
+        return [type(each).__name__ for each in made._create_default_callbacks()]
+
+    found = callbacks_of(_ray_compat.without_data_sets(TorchTrainer))
+    everything = callbacks_of(TorchTrainer)
+    assert len(found) == len(everything) - 1, REMEDY
+    assert sorted([*found, "DatasetsCallback"]) == sorted(everything), REMEDY
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_commands_own_cluster_has_no_log_monitor() -> None:
+    started = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert any("/raylet" in command for command in started)
+    assert not any("log_monitor" in command for command in started), REMEDY

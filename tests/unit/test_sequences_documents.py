@@ -2,6 +2,8 @@
 
 import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,16 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) ->
         CorpusError, match=r"row 1 of .*a\.parquet: not UTF-8 text .*convert or remove it"
     ):
         read_all(tmp_path / "cache", tmp_path / "a.parquet")
+
+
+def test_commands_that_copy_a_table_at_the_same_time_all_find_it(tmp_path: Path) -> None:
+    table = write_table(tmp_path, ".jsonl")
+    wanted = read_all(tmp_path / "first", table)
+    for number in range(10):
+        cache = tmp_path / f"cache-{number}"
+        with ThreadPoolExecutor(8) as commands:
+            found = commands.map(partial(read_all, cache), [table] * 8)
+            assert list(found) == [wanted] * 8
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(tmp_path: Path) -> None:

@@ -378,6 +378,19 @@ def test_a_corpus_is_prepared_once_and_then_found_without_its_tokenizer(
     assert len(list((tmp_path / "cache" / "corpus").iterdir())) == 2
 
 
+def test_commands_that_prepare_a_corpus_at_the_same_time_all_find_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = make_texts(40)
+    wanted = prepare(tmp_path, texts, tokenizer).train.digest
+    for number in range(6):
+        (tmp_path / "cache").rename(tmp_path / f"cache-{number}")
+        with ThreadPoolExecutor(6) as commands:
+            found = commands.map(lambda _: prepare(tmp_path, texts, tokenizer), range(6))
+            assert [split.train.digest for split in found] == [wanted] * 6
+        assert len(list((tmp_path / "cache" / "corpus").iterdir())) == 1
+
+
 def test_a_cache_that_was_cut_short_is_made_again(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -19,7 +19,7 @@ from helpers.command import as_toml
 from helpers.environments import ROOT
 from helpers.models import make_model
 from helpers.placereader import read_probe
-from helpers.world import write_documents
+from helpers.world import item_with_tokens, write_documents
 from stillhouse.config import load_config
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.pipeline import Plan, make_plan
@@ -146,7 +146,7 @@ def test_commands_of_both_engines_fill_one_store_of_format_1_at_once(
 
 
 def chunk_of(engine: TransformersEngine, plan: Plan, number: int) -> Chunk:
-    item = plan.item(number)
+    item = item_with_tokens(plan, number)
     parts = [part.records_TB for part in engine.records(item)]
     return Chunk(number, item.sequences, torch.cat(parts).numpy())
 

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+import ray._private.node
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
+
+TrainerT = TypeVar("TrainerT")
 
 _PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION in Ray's autoscaler.proto
 
@@ -62,6 +65,19 @@ def on_loopback() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = setting
+
+
+@contextmanager
+def without_log_monitor() -> Iterator[None]:
+    """A node that Ray starts in this block has no process that hands the logs of its workers to the
+    driver, which `log_to_driver=False` does not want. `ray.init` has no option for it."""
+    node: Any = ray._private.node.Node
+    start = node.start_log_monitor
+    node.start_log_monitor = lambda _: None
+    try:
+        yield
+    finally:
+        node.start_log_monitor = start
 
 
 def use_token_if_there_is_one() -> None:
@@ -112,3 +128,15 @@ def kill_train_controllers() -> None:
     for actor, about in ray._private.state.state.actor_table(None, job, "ALIVE").items():
         if about["ActorClassName"] == "TrainController":
             worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
+def without_data_sets(trainer: type[TrainerT]) -> type[TrainerT]:
+    """A trainer of Ray Train whose groups start no actor for data sets of Ray Data, of which they
+    have none."""
+
+    class WithoutDataSets(trainer):  # type: ignore[valid-type, misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]
+
+    return WithoutDataSets

@@ -89,7 +89,7 @@ def remarks(section: ClusterSection) -> list[str]:
 def _start(num_cpus: int | None, directory: Path) -> None:
     """Raises RunError where Ray does not start."""
     try:
-        with _ray_compat.on_loopback():
+        with _ray_compat.on_loopback(), _ray_compat.without_log_monitor():
             _init(
                 address="local",
                 num_cpus=num_cpus,

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, CutSection, EvaluateSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.sequence import WorkItem
-from stillhouse.sequences.source import Part, SequenceSource, Sources
+from stillhouse.sequences.source import Part, SequenceSource, Sources, item_of, read_from
+from stillhouse.sequences.stored import Work
 from stillhouse.store import ChunkStore, Recipe
+from stillhouse.store.rollout_store import RolloutsPlace
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.optimiser import decay_steps_of
@@ -41,7 +42,8 @@ class Targets:
     teacher: TeacherSection
     store: ChunkStore
     chunks: Sequence[int]
-    item_of: Callable[[int], WorkItem]  # the sequences of a chunk, by its number
+    item_of: Callable[[int], Work]  # the sequences of a chunk, by its number
+    reads: Sequence[RolloutsPlace]  # where the sequences' tokens are, if teachers are not sent them
     window_chunks: int  # how far teachers may run ahead of the slowest student
     cache_dir: Path  # remembers the teacher's identity
 
@@ -108,9 +110,9 @@ class Plan:
         affordable = int(self.config.store.window_bytes / self.bytes_per_chunk)
         return max(affordable, chunks_read_ahead(self.order))
 
-    def item(self, number: int) -> WorkItem:
+    def item(self, number: int) -> Work:
         """What a teacher needs to make chunk `number`."""
-        return WorkItem(number, self.sources.train.block(number))
+        return item_of(self.sources.train, number)
 
     @property
     def initial_section(self) -> StudentSection:
@@ -140,6 +142,7 @@ class Plan:
             store=self.store,
             chunks=self.chunks,
             item_of=self.item,
+            reads=read_from(self.sources.train),
             window_chunks=self.window_chunks,
             cache_dir=self.cache_dir,
         )

@@ -10,6 +10,7 @@ from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
+from stillhouse.store.rollout_store import RolloutsPlace
 
 
 def require_shared_store(
@@ -30,6 +31,21 @@ def require_shared_checkpoints(url: str, workers: Collection[Placement]) -> None
     """As `require_shared`, for the checkpoints. Teachers are among the workers: the student is
     scored on a machine where one fits."""
     require_shared(url, workers, what="checkpoints", setting="student.checkpoint_url")
+
+
+def require_shared_rollouts(
+    places: Collection[RolloutsPlace], teachers: Placement, *, besides: str
+) -> None:
+    """As `require_shared`, for rollouts that teachers read; `besides` is a URL that they share."""
+    for place in places:
+        if place.url != besides:
+            require_shared(
+                place.url,
+                [teachers],
+                what="rollouts",
+                setting="corpus.dataset",
+                published=place.recipe_key,
+            )
 
 
 def require_shared(

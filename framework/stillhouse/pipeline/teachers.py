@@ -12,10 +12,11 @@ from stillhouse.models import forget_identity
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Targets
 from stillhouse.pipeline.session import Session
+from stillhouse.pipeline.shared_dirs import require_shared_rollouts
 from stillhouse.pool.actor_backend import ActorBackend, interpreters_of
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.pool.retention import Retention
-from stillhouse.sequence import WorkItem
+from stillhouse.sequences.stored import Work
 from stillhouse.servers.client import BEFORE_A_RUN
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 from stillhouse.teacher.pool import comparison, limits_of
@@ -43,12 +44,14 @@ def answering(targets: Targets) -> Iterator[None]:
 @contextmanager
 def teacher_pool(
     targets: Targets, session: Session, *, consumers: Retention | None = None
-) -> Iterator[Dispatcher[WorkItem, Ready]]:
+) -> Iterator[Dispatcher[Work, Ready]]:
     """A pool of teachers that makes the targets, to be run. `consumers` of the store keep it within
-    the window ahead of them; without them nothing holds it back."""
+    the window ahead of them; without them nothing holds it back. Raises ConfigError where a machine
+    of teachers does not see the rollouts that they read."""
     # the actors
     section, store, cluster = targets.teacher, targets.store, session.cluster
     where = session.place_of(section)
+    require_shared_rollouts(targets.reads, where, besides=store.url)
     start_actor = partial(
         spawn,
         TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices),
@@ -56,7 +59,7 @@ def teacher_pool(
         secrets=local_secrets(*_variables_of(section)),
         coordinator=session.coordinator,
     )
-    backend: ActorBackend[WorkItem, Ready] = ActorBackend(
+    backend: ActorBackend[Work, Ready] = ActorBackend(
         start_actor, interpreters=interpreters_of(section, where)
     )
 

@@ -24,13 +24,15 @@ from numpy.typing import NDArray
 
 from stillhouse.errors import CorpusError
 from stillhouse.sequence import Sequences, joined
+from stillhouse.sequences.pieces import InStore, Located, StoredSequences
 from stillhouse.sequences.shuffle import shuffled_order
+from stillhouse.store.rollout_store import RolloutsPlace
 
 Number = TypeVar("Number", np.int32, np.uint8)
 
 # A change to tokenising, packing, masks or order raises it, and with it every digest.
 CACHE_VERSION = 2
-_MAPS = 32  # small files that stay mapped: three of each corpus in use
+_MAPS = 32  # small files that stay mapped: three of each corpus in use, five of one of rollouts
 BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
 
 
@@ -46,6 +48,7 @@ class Corpus:
     num_sequences: int
     sequence_length: int
     num_targets: int  # ones of the loss mask
+    in_store: InStore | None = None  # where else the tokens are; None: nowhere
 
     def rows(self, start: int, stop: int) -> Sequences:
         """Sequences start <= s < stop; views of the memory map where they are adjacent in the file.
@@ -53,15 +56,9 @@ class Corpus:
         Raises IndexError out of range, CorpusError where the file is damaged.
         """
         # Read them, a run of neighbours in the file at a time.
-        if not 0 <= start < stop <= self.num_sequences:
-            raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
+        indices_S = self._indices(start, stop)
         data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
         hashes_S = mapped(self.hashes_path)
-        indices_S = (
-            np.arange(start, stop)
-            if self.order_path is None
-            else mapped(self.order_path)[start:stop]
-        )
         runs = np.split(indices_S, np.flatnonzero(np.diff(indices_S) != 1) + 1)
         rows = joined(
             [self._run(data, run[0], run[-1] + 1, num_written=len(hashes_S)) for run in runs]
@@ -76,6 +73,39 @@ class Corpus:
                 "command makes it again from the documents"
             )
         return rows
+
+    def located(self, start: int, stop: int) -> list[Located]:
+        """The same sequences, by where they are in a store, if they are in one."""
+        if self.in_store is None:
+            return [self.rows(start, stop)]
+        indices_S = self._indices(start, stop)
+        all_ends, pieces_P4 = mapped(self.in_store.ends_path), mapped(self.in_store.pieces_path)
+        ends_S = all_ends[indices_S]
+        begins_S = np.where(indices_S == 0, 0, all_ends[indices_S - 1])
+        found = [pieces_P4[first:last] for first, last in zip(begins_S, ends_S, strict=True)]
+        stored = StoredSequences(
+            self.in_store.place,
+            self.sequence_length,
+            self.in_store.padding,
+            pieces_P4=np.concatenate(found),
+            ends_S=np.cumsum(ends_S - begins_S),
+            hashes_S=mapped(self.hashes_path)[indices_S],
+        )
+        return [stored]
+
+    @property
+    def read_from(self) -> list[RolloutsPlace]:
+        """The stores that `located` names."""
+        return [] if self.in_store is None else [self.in_store.place]
+
+    def _indices(self, start: int, stop: int) -> NDArray[np.int64]:
+        """int64 [stop - start]: of sequences start <= s < stop, in the file. Raises IndexError."""
+        if not 0 <= start < stop <= self.num_sequences:
+            raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
+        if self.order_path is None:
+            return np.arange(start, stop)
+        order_S: NDArray[np.int64] = mapped(self.order_path)[start:stop]
+        return order_S
 
     def _run(
         self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int

@@ -31,6 +31,7 @@ from stillhouse.sequences.tables import (
     table_from_hub,
     table_of_files,
 )
+from stillhouse.store.rollout_store import RolloutsPlace
 from stillhouse.tracking.samples import SampleAccount
 
 NOT_STDLIB = frozenset(
@@ -49,6 +50,7 @@ class Documents:
     form: str = ""  # what is read of a row, in words
     # what was seen of samples, once all rows are read; None: they are no samples of a model
     samples: Callable[[], SampleAccount] | None = None
+    in_store: RolloutsPlace | None = None  # where their tokens are; None: each is made here
 
     def __len__(self) -> int:
         return len(self.order)

@@ -4,7 +4,7 @@ texts."""
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,14 @@ _MASKS = ("loss_mask", "assistant_masks", "completion_mask", "labels")  # by oth
 _NO_LABEL = -100  # in Hugging Face's `labels`
 
 
+class Origin(NamedTuple):
+    """Where the first token of a document is in a store of rollouts."""
+
+    shard: int
+    row: int  # of the rollout in its shard
+    token: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """A document's ids, and which of them are labels: tokens that a model is to predict."""
@@ -27,9 +35,17 @@ class Tokens:
     ids: NDArray[np.int32]
     is_label: NDArray[np.bool_]
     group: int | None = None  # documents of one group are held out together, or not at all
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def after(self, num_tokens: int) -> "Tokens":
+        """What is left of the document behind so many of its tokens."""
+        origin = self.origin
+        if origin is not None:
+            origin = Origin(origin.shard, origin.row, origin.token + num_tokens)
+        return Tokens(self.ids[num_tokens:], self.is_label[num_tokens:], origin=origin)
 
 
 def form_of_ids(columns: Collection[str], ids: str, mask: str | None) -> Form:

@@ -108,11 +108,10 @@ def lines_of(files: Sequence[Path], *, cache_dir: Path) -> Lines:
         building = Path(tempfile.mkdtemp(prefix="building-", dir=cache_dir))
         try:
             _copy(files, building)
-            shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-            atomic.move_directory(building, directory)
-        except OSError:
-            if _found(directory, files, digest) is None:  # another process was first
-                raise
+            with atomic.one_at_a_time(cache_dir):  # or one would remove what another has moved
+                if _found(directory, files, digest) is None:
+                    shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+                    atomic.move_directory(building, directory)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     found = _found(directory, files, digest)

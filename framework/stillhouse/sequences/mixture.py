@@ -22,7 +22,9 @@ from stillhouse.errors import CorpusError
 from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences, joined
 from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.pieces import Located
 from stillhouse.sequences.shuffle import shuffled_order
+from stillhouse.store.rollout_store import RolloutsPlace
 
 _RULE = "stillhouse mixture 1"  # a change to counts or order is another rule, and another digest
 _COUNTED_ROWS = 256  # read at one time to count their targets
@@ -52,13 +54,27 @@ class Mixture:
 
     def rows(self, start: int, stop: int) -> Sequences:
         """Sequences start <= s < stop."""
+        return joined([corpus.rows(row, row + 1) for corpus, row in self._places(start, stop)])
+
+    def located(self, start: int, stop: int) -> list[Located]:
+        """The same sequences, of which some are named by where they are in a store."""
+        places = self._places(start, stop)
+        return [part for corpus, row in places for part in corpus.located(row, row + 1)]
+
+    @property
+    def read_from(self) -> list[RolloutsPlace]:
+        """The stores that `located` names."""
+        return [place for corpus in self.corpora for place in corpus.read_from]
+
+    def _places(self, start: int, stop: int) -> list[tuple[Corpus, int]]:
+        """Of each sequence its corpus, and its number there."""
         ends_P = np.cumsum(self.counts_P)
         found = []
         for place in self.order_S[start:stop].tolist():
             number = int(np.searchsorted(ends_P, place, side="right"))
             row = place - int(ends_P[number] - self.counts_P[number])
-            found.append(self.corpora[number].rows(row, row + 1))
-        return joined(found)
+            found.append((self.corpora[number], row))
+        return found
 
 
 def mixed(

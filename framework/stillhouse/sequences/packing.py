@@ -14,12 +14,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from stillhouse import atomic
 from stillhouse.cache import writing_cache
@@ -40,8 +41,10 @@ from stillhouse.sequences.corpus import (
 )
 from stillhouse.sequences.documents import Documents, load_documents
 from stillhouse.sequences.ids import Tokens
+from stillhouse.sequences.pieces import InStore, PieceList
 from stillhouse.sequences.rollouts import documents_of_rollouts
 from stillhouse.sequences.tokens import tokenise
+from stillhouse.store.rollout_store import RolloutsPlace
 from stillhouse.tracking.samples import SampleAccount
 
 if TYPE_CHECKING:
@@ -90,7 +93,7 @@ def prepare_corpus(
         | {"chat_template": template_text(section)},
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,
-    }
+    } | ({} if documents.in_store is None else {"pieces": 1})
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     directory = Path(cache_dir).resolve() / "corpus" / digest[:32]
 
@@ -125,19 +128,44 @@ def _build(
     tokens = _Told(found, account, on_progress)
     length = section.sequence_length
 
-    def sequences(limit: int) -> Iterator[Sequences]:
-        if section.packing:
-            return _packed(tokens, length=length, limit=limit)
-        given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        padding = next((token for token in given if token is not None), 0)
-        return _padded(tokens, length=length, limit=limit, padding=padding)
+    given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    padding = next((token for token in given if token is not None), 0)
 
-    few = sequences(section.heldout_sequences)
-    heldout = write_corpus(directory / "heldout.arrow", few, length)
+    def written(path: Path, limit: int) -> Corpus:
+        pieces = PieceList()
+        if section.packing:
+            sequences = _packed(tokens, pieces, length=length, limit=limit)
+        else:
+            sequences = _padded(tokens, pieces, length=length, limit=limit, padding=padding)
+        corpus = write_corpus(path, sequences, length)
+        if documents.in_store is None:
+            return corpus
+        found = pieces.written(path, documents.in_store, padding=padding)
+        return replace(corpus, in_store=found)
+
+    heldout = written(directory / "heldout.arrow", section.heldout_sequences)
     tokens.end_group()
-    ordered = write_corpus(directory / "train.arrow", sequences(sys.maxsize), length)
-    train = ordered.shuffled(seed=section.seed)
+    train = written(directory / "train.arrow", sys.maxsize).shuffled(seed=section.seed)
     account.samples = None if documents.samples is None else documents.samples()
+    _require_enough(section, account, train=train, heldout=heldout)
+
+    # Their description: large files by size (their sequences have hashes), small ones by hash.
+    values = {
+        "corpora": {
+            name: _with_paths(asdict(corpus), lambda file: Path(file).name)
+            for name, corpus in (("heldout", heldout), ("train", train))
+        },
+        "account": asdict(account),
+        "num_bytes": {file.name: file.stat().st_size for file in directory.iterdir()},
+        "xxh3": {file.name: _file_hash(file) for file in directory.glob("*.npy")},
+    }
+    (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
+
+
+def _require_enough(
+    section: CorpusSection, account: Account, *, train: Corpus, heldout: Corpus
+) -> None:
+    """Raise CorpusError where there is nothing to train on."""
     if account.left_out and not account.num_documents:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.left_out.items())
         raise CorpusError(
@@ -154,22 +182,10 @@ def _build(
         raise CorpusError(
             f"the corpus {section.dataset} is too small: its {account.num_documents} documents "
             f"hold {account.num_tokens} tokens, which make {heldout.num_sequences} sequences of "
-            f"{length} with a target in them; wanted: {section.heldout_sequences} held-out ones "
-            "and at least 1 to train on. Give more documents, or lower corpus.sequence_length or "
-            "corpus.heldout_sequences"
+            f"{section.sequence_length} with a target in them; wanted: "
+            f"{section.heldout_sequences} held-out ones and at least 1 to train on. Give more "
+            "documents, or lower corpus.sequence_length or corpus.heldout_sequences"
         )
-
-    # Their description: large files by size (their sequences have hashes), small ones by hash.
-    values = {
-        "corpora": {
-            name: _with_paths(asdict(corpus), lambda file: Path(file).name)
-            for name, corpus in (("heldout", heldout), ("train", train))
-        },
-        "account": asdict(account),
-        "num_bytes": {file.name: file.stat().st_size for file in directory.iterdir()},
-        "xxh3": {file.name: _file_hash(file) for file in directory.glob("*.npy")},
-    }
-    (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
 
 
 class _Told(Iterator[Tokens]):
@@ -202,8 +218,11 @@ class _Told(Iterator[Tokens]):
 # ---- tokens -> sequences
 
 
-def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator[Sequences]:
-    """Documents end to end, cut into at most `limit` sequences that hold a target.
+def _packed(
+    documents: Iterator[Tokens], pieces: PieceList, *, length: int, limit: int
+) -> Iterator[Sequences]:
+    """Documents end to end, cut into at most `limit` sequences that hold a target; what they are
+    made of is added to `pieces`.
 
     It takes no more documents than it needs.
     """
@@ -217,8 +236,11 @@ def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator
             num_tokens += len(document)
         if num_tokens < length:
             return
-        rows, pending = _cut(pending, num_rows=min(remaining, num_tokens // length), length=length)
-        rows = _with_targets(rows)
+        given = pending
+        rows, pending = _cut(given, num_rows=min(remaining, num_tokens // length), length=length)
+        kept_S = _with_targets(rows)
+        rows = rows.select(kept_S)
+        pieces.add(given, kept_S * length, (kept_S + 1) * length)
         remaining -= len(rows)
         yield rows
 
@@ -249,15 +271,15 @@ def _cut(
     used = int(np.searchsorted(ends, size, side="right"))
     left = list(documents[used:])
     if left:
-        done = size - (int(ends[used - 1]) if used else 0)
-        left[0] = Tokens(left[0].ids[done:], left[0].is_label[done:])
+        left[0] = left[0].after(size - (int(ends[used - 1]) if used else 0))
     return Sequences(ids_SL, positions_SL, mask_SL), left
 
 
 def _padded(
-    documents: Iterator[Tokens], *, length: int, limit: int, padding: int
+    documents: Iterator[Tokens], pieces: PieceList, *, length: int, limit: int, padding: int
 ) -> Iterator[Sequences]:
-    """A sequence of each document, cut at `length`; at most `limit` that hold a target.
+    """A sequence of each document, cut at `length`; at most `limit` that hold a target. `pieces` is
+    as in `_packed`.
 
     Padding comes last, and its positions count on: under causal attention no real token sees it,
     and it is not taken for a second document.
@@ -266,23 +288,27 @@ def _padded(
     while remaining:
         ids_SL = np.full((min(remaining, rows_per_batch(length)), length), padding, dtype=np.int32)
         mask_SL = np.zeros(ids_SL.shape, dtype=np.uint8)
-        num_rows = 0
-        for row, document in enumerate(itertools.islice(documents, len(ids_SL))):
-            num_rows = row + 1
-            kept = document.ids[:length]
-            ids_SL[row, : len(kept)] = kept
-            mask_SL[row, : max(0, len(kept) - 1)] = document.is_label[1:length]
-        if num_rows == 0:
+        taken = list(itertools.islice(documents, len(ids_SL)))
+        if not taken:
             return
-        positions_SL = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
-        rows = _with_targets(Sequences(ids_SL[:num_rows], positions_SL, mask_SL[:num_rows]))
+        for row, document in enumerate(taken):
+            cut = document.ids[:length]
+            ids_SL[row, : len(cut)] = cut
+            mask_SL[row, : max(0, len(cut) - 1)] = document.is_label[1:length]
+        positions_SL = np.tile(np.arange(length, dtype=np.int32), (len(taken), 1))
+        rows = Sequences(ids_SL[: len(taken)], positions_SL, mask_SL[: len(taken)])
+        kept_S = _with_targets(rows)
+        rows = rows.select(kept_S)
+        sizes = np.array([len(document) for document in taken])
+        starts_S = (np.cumsum(sizes) - sizes)[kept_S]
+        pieces.add(taken, starts_S, starts_S + np.minimum(sizes[kept_S], length))
         remaining -= len(rows)
         yield rows
 
 
-def _with_targets(rows: Sequences) -> Sequences:
-    """Those that have a target."""
-    return rows.select(np.any(rows.loss_mask_SL != 0, axis=1))
+def _with_targets(rows: Sequences) -> NDArray[np.int64]:
+    """The numbers of those that have a target."""
+    return np.flatnonzero(np.any(rows.loss_mask_SL != 0, axis=1))
 
 
 # ---- what was prepared before
@@ -298,7 +324,7 @@ def _read_split(directory: Path) -> Split | None:
     try:
         written = opened(json.loads((directory / "corpus.json").read_text()), name="check")
         corpora = {
-            name: Corpus(**_with_paths(values, lambda file: str(directory / file)))
+            name: _corpus(_with_paths(values, lambda file: str(directory / file)))
             for name, values in written["corpora"].items()
         }
         account = Account(**written["account"])
@@ -315,19 +341,27 @@ def _read_split(directory: Path) -> Split | None:
     return Split(**corpora, account=account) if is_whole else None
 
 
+def _corpus(values: dict[str, Any]) -> Corpus:
+    """A Corpus of its fields."""
+    in_store = values.get("in_store")
+    if in_store is not None:
+        in_store = InStore(**in_store | {"place": RolloutsPlace(*in_store["place"])})
+    return Corpus(**values | {"in_store": in_store})
+
+
 def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The fields of a Corpus with each of its paths changed."""
     paths = [name for name in corpus if name.endswith("path") and corpus[name] is not None]
-    return corpus | {name: change(corpus[name]) for name in paths}
+    changed = corpus | {name: change(corpus[name]) for name in paths}
+    if corpus.get("in_store") is not None:
+        changed["in_store"] = _with_paths(corpus["in_store"], change)
+    return changed
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
     """Rename a finished directory. In its place may be a damaged copy, which is removed, or a whole
     one, which another process finished first with the same bytes and which stays."""
-    if _read_split(directory) is None:
-        shutil.rmtree(directory, ignore_errors=True)
-    try:
-        atomic.move_directory(building, directory)
-    except OSError:
+    with atomic.one_at_a_time(directory.parent):  # or one would remove what another has moved
         if _read_split(directory) is None:
-            raise
+            shutil.rmtree(directory, ignore_errors=True)
+            atomic.move_directory(building, directory)

@@ -21,7 +21,7 @@ from stillhouse.models import vocabulary_digest
 from stillhouse.sequences.accepted import accepted
 from stillhouse.sequences.bad_rows import LeftOutError
 from stillhouse.sequences.documents import Documents, refuse_settings
-from stillhouse.sequences.ids import Tokens
+from stillhouse.sequences.ids import Origin, Tokens
 from stillhouse.sequences.shuffle import shuffled_order
 from stillhouse.sequences.tally import Tally
 from stillhouse.store.rollout_store import RolloutStore, open_rollouts
@@ -85,6 +85,7 @@ def documents_of_rollouts(
         order,
         read=read,
         place=lambda row: (f"{store.url}/{store.key(row // size)}", row % size),
+        in_store=store.place,
         form=f"samples of {recipe.num_prompts:,} prompts {words}",
         samples=lambda: tally.account(tokenizer),
     )
@@ -103,4 +104,5 @@ def _tokens(rollouts: Rollouts, row: int) -> Tokens:
     ids = rollouts.ids(row)
     is_label = np.zeros(len(ids), np.bool_)
     is_label[1:] = rollouts.sequences.loss_mask_SL[row, : len(ids) - 1]
-    return Tokens(ids, is_label, group=int(rollouts.prompts_S[row]))
+    group, origin = int(rollouts.prompts_S[row]), Origin(rollouts.number, row)
+    return Tokens(ids, is_label, group=group, origin=origin)

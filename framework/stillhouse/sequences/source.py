@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from stillhouse.config import CorpusSection
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
-from stillhouse.sequence import Sequences, joined
+from stillhouse.sequence import Sequences, WorkItem, joined
 from stillhouse.sequences.account import Account
 from stillhouse.sequences.corpus import Corpus
 from stillhouse.sequences.mixture import Mixture, end_to_end, mixed, shared_out
 from stillhouse.sequences.packing import prepare_corpus
+from stillhouse.sequences.pieces import Located
+from stillhouse.sequences.stored import StoredItem, Work
+from stillhouse.store.rollout_store import RolloutsPlace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,8 +113,31 @@ class CorpusSource:
         return self.corpus.sequence_length
 
     def block(self, number: int) -> Sequences:
+        return self.corpus.rows(*self._extent(number))
+
+    def located_block(self, number: int) -> list[Located]:
+        """A block's sequences in their order, by where they are in a store, if they are in one."""
+        return self.corpus.located(*self._extent(number))
+
+    def _extent(self, number: int) -> tuple[int, int]:
         start = number * self.block_sequences
-        return self.corpus.rows(start, min(start + self.block_sequences, self.corpus.num_sequences))
+        return start, min(start + self.block_sequences, self.corpus.num_sequences)
+
+
+def read_from(source: SequenceSource) -> list[RolloutsPlace]:
+    """Where who is sent an item of the source reads tokens."""
+    return source.corpus.read_from if isinstance(source, CorpusSource) else []
+
+
+def item_of(source: SequenceSource, number: int) -> Work:
+    """A block as a teacher is sent it: sequences that are in a store by where they are there."""
+    if not isinstance(source, CorpusSource):
+        return WorkItem(number, source.block(number))
+    parts = source.located_block(number)
+    sequences = [part for part in parts if isinstance(part, Sequences)]
+    if len(sequences) == len(parts):
+        return WorkItem(number, joined(sequences))
+    return StoredItem(number, parts)
 
 
 def open_sources(

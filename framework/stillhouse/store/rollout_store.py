@@ -8,6 +8,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -33,6 +34,17 @@ _SHARD_KEY = re.compile(r"rollouts/[0-9a-f]{16}/shards/([0-9]{10})\.safetensors"
 _REQUESTS = 16  # at the same time
 
 
+class RolloutsPlace(NamedTuple):
+    """A store, and the recipe of some of the rollouts in it."""
+
+    url: str
+    fingerprint16: str  # the first digits of the recipe's fingerprint
+
+    @property
+    def recipe_key(self) -> str:
+        return f"rollouts/{self.fingerprint16}/recipe.json"
+
+
 @dataclass(frozen=True, slots=True)
 class ShardRef:
     """What is reported of a published shard: no tensor."""
@@ -49,6 +61,10 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
     request."""
 
     noun, _above, _objects, _last_tensor = "shard", "rollouts/", "shards", "loss_mask"
+
+    @property
+    def place(self) -> RolloutsPlace:
+        return RolloutsPlace(self.url, self.recipe.fingerprint[:16])
 
     def publish(self, rollouts: Rollouts) -> ShardRef:
         """Pack and put a shard, as `ChunkStore.publish` does a chunk.
@@ -99,7 +115,7 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
 
         # each by the start of its file
         def checksum(number: int) -> str:
-            with self._reading(number):
+            with self.reading(number):
                 start, _ = self.blobs.read_start(self.key(number), START_BYTES)
             return checksum_in(start, self.recipe.fingerprint, number)
 
@@ -185,7 +201,7 @@ def open_rollouts(root: str | Blobs, fingerprint16: str) -> RolloutStore:
     """The rollouts of a recipe that is in a store. Raises RecipeError where there is none, or it is
     damaged."""
     blobs = root if isinstance(root, Blobs) else Blobs(root)
-    key = f"rollouts/{fingerprint16}/recipe.json"
+    key = RolloutsPlace(blobs.url, fingerprint16).recipe_key
     try:
         recipe = _recipe_at(blobs, key)
     except FileNotFoundError:

@@ -9,7 +9,8 @@ docs/format.md, section 9, has the format.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -189,6 +190,30 @@ def checksum_in(start: Buffer, fingerprint: str, number: int) -> str:
     if type(checksum) is not str:
         raise ChunkError(f"shard {number} carries the checksum {checksum!r}, wanted text")
     return checksum
+
+
+class TokenPlaces(NamedTuple):
+    """Where in a shard's file the tokens of its rollouts are."""
+
+    ids_at: int  # the byte of the first rollout's first id
+    mask_at: int  # that of its mask
+    length: int  # tokens of a rollout
+
+
+def token_places(start: Buffer, fingerprint: str, number: int) -> TokenPlaces:
+    """By the first bytes of a shard's file, in which its header ends. Raises ChunkError."""
+    view, name = memoryview(start), f"shard {number}"
+    header, _ = _parse_start(view, fingerprint, number)
+    layout = _layout_in(header, name)
+    check_tensors(header, layout, name)
+    ends = accumulate(tensor.num_bytes for tensor in layout)
+    first = LENGTH_BYTES + header_length(view)
+    begins = {
+        tensor.name: first + end - tensor.num_bytes
+        for tensor, end in zip(layout, ends, strict=True)
+    }
+    length = next(tensor.shape[1] for tensor in layout if tensor.name == "token_ids")
+    return TokenPlaces(begins["token_ids"], begins["loss_mask"], length)
 
 
 def _layout_in(header: Mapping[str, Any], name: str) -> list[TensorSpec]:

@@ -109,7 +109,7 @@ def _trainer(
         # a group that finds no room comes back smaller (0), or waits (-1)
         controller_failure_limit=0 if _is_elastic(job.section) else -1,
     )
-    return TorchTrainer(
+    return _ray_compat.without_data_sets(TorchTrainer)(
         _worker,
         train_loop_config={"arguments": arguments},
         torch_config=TorchConfig(

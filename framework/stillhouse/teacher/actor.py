@@ -28,6 +28,7 @@ from stillhouse.pool.stages import PUBLISHING, TwoStages
 from stillhouse.pool.worker_process import WorkerProcess, is_there
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
+from stillhouse.sequences.stored import StoredReader, Work
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.first_answer import require_first_teacher
 from stillhouse.tracking import ChunkEvent, PhaseEvent, TeacherEvent
@@ -107,6 +108,7 @@ class _TeacherActor:
         self._process = WorkerProcess(
             "teacher", number, job, device=device, secrets=secrets, coordinator=coordinator
         )
+        self._reader = StoredReader()
         self._stages = TwoStages(self._computed, self._published)
         self._has_published = False
 
@@ -130,7 +132,7 @@ class _TeacherActor:
         _log.info("%s is ready after %.1f s, on %s, by %s", model, seconds, name, topk)
         return Ready(probe, name, topk, seconds, self._process.node, self._engine.digest)
 
-    def produce(self, item: WorkItem) -> None:
+    def produce(self, item: Work) -> None:
         """Compute the targets of a chunk, which `publish` then publishes."""
         self._stages.first(item)
 
@@ -139,20 +141,29 @@ class _TeacherActor:
         """The answer for the next chunk in the order of `produce`, once it is in the store."""
         return self._stages.second()
 
-    def compute(self, item: WorkItem) -> Passed:
+    def compute(self, item: Work) -> Passed:
         with failures_logged(_log, f"a sequence of chunk {item.number}, on trial"):
-            stored(self._engine.records(item), self._job.recipe.spec)
+            stored(self._engine.records(self._read(item)), self._job.recipe.spec)
             return Passed()
 
-    def _computed(self, item: WorkItem) -> _Computed | Found:
+    def _computed(self, item: Work) -> _Computed | Found:
         with failures_logged(_log, f"chunk {item.number}"):
             if is_there(self._store, item.number):  # published since it was leased
                 return Found()
             began = monotonic()
-            records_NB, measured = stored(self._engine.records(item), self._job.recipe.spec)
+            work = self._read(item)
+            records_NB, measured = stored(self._engine.records(work), self._job.recipe.spec)
             return _Computed(
-                Chunk(item.number, item.sequences, records_NB.numpy()), measured, began
+                Chunk(work.number, work.sequences, records_NB.numpy()), measured, began
             )
+
+    def _read(self, item: Work) -> WorkItem:
+        """The item with its sequences, which it waits for while their store does not answer."""
+        return insist(
+            lambda: self._reader.work(item),
+            patience=DEFAULT_PATIENCE,
+            tell=self._process.tell_of_outage,
+        )
 
     def _published(self, computed: _Computed | Found) -> Produced | Found:
         if isinstance(computed, Found):
