@@ -29,7 +29,7 @@ from stillhouse.checkpoint.manifest import Commit
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import CheckpointError
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
 from stillhouse.student.export import export

@@ -10,7 +10,7 @@ from transformers import dynamic_module_utils
 from helpers.models import make_model
 from stillhouse.config import ModelSection, StudentSection, parse_config
 from stillhouse.errors import ModelError
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.models.tokenizers import load_tokenizer
 
 CODE = """

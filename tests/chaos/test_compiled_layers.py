@@ -17,9 +17,9 @@ from helpers.world import TinyWorld
 from stillhouse.config import ModelSection, TeacherSection
 from stillhouse.engines.probe import require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
-from stillhouse.models import load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.models.compiling import check_compiled, compile_layers
+from stillhouse.models.load import load_model
 from stillhouse.sequence import Sequences
 
 # what torch's compiler does inside: it imports a module that is written with what torch has

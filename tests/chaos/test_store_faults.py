@@ -41,7 +41,8 @@ from stillhouse.pipeline.run_dir import changes_since, config_of
 from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.retry import Patience
-from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.packing import prepare_corpus
 from stillhouse.sequences.stored import Work
 from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader

@@ -18,7 +18,7 @@ from stillhouse.engines.choice import engine_named
 from stillhouse.engines.openai_scores import documents_of
 from stillhouse.engines.probe import require_same_teacher
 from stillhouse.logits import CompressedLogits, concatenate, decode
-from stillhouse.models import load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.models.tokenizers import load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.store.rollout_store import RolloutStore

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.world import write_documents
 from stillhouse.config import CorpusSection
-from stillhouse.models import load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.models.tokenizers import load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.sequences.source import Sources, open_sources
 
 BLOCK, LENGTH = 8, 32

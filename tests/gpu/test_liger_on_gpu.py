@@ -10,7 +10,8 @@ from transformers.models.llama import modeling_llama
 
 from helpers.models import make_model
 from stillhouse.config import StudentSection
-from stillhouse.models import final_hidden, load_model
+from stillhouse.models.heads import final_hidden
+from stillhouse.models.load import load_model
 from stillhouse.student.liger import apply_liger
 
 

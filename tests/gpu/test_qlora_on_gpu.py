@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from helpers.models import make_model
 from stillhouse.config import StudentSection
-from stillhouse.models import final_hidden, save_model
+from stillhouse.models.heads import final_hidden
+from stillhouse.models.load import save_model
 from stillhouse.student.adapters import frozen_digest, initial_student, merge_adapters
 from stillhouse.student.bits import dequantise
 

@@ -21,8 +21,9 @@ from stillhouse.cluster.heartbeat import Cause, Phase, PreviousAttempt, StopRequ
 from stillhouse.errors import UserError
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
-from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import hidden_at
+from stillhouse.models.heads import head_of
+from stillhouse.models.load import load_model
 from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stillhouse.config.generate import WriterSection
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.transformers import TransformersWriter

@@ -9,7 +9,7 @@ from helpers.ranks import RankGroup
 from helpers.training import loss_of_step, train_and_tell
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.pipeline.cuts import make_cut
 
 

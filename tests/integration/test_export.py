@@ -24,7 +24,7 @@ from stillhouse.checkpoint.choice import newest_step
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import ModelSection
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate, outage_teller
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import claim
 from stillhouse.retry import Patience

@@ -24,7 +24,7 @@ from stillhouse.config import ModelSection
 from stillhouse.evaluation.heldout import heldout_teacher
 from stillhouse.evaluation.scores import EvaluationJob, evaluate
 from stillhouse.losses.score import Scores
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.heldout import first_sequences
 from stillhouse.sequence import Sequences

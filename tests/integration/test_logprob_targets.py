@@ -28,8 +28,8 @@ from stillhouse.config.generate import GenerateConfig
 from stillhouse.evaluation.scores import ModelName
 from stillhouse.logits import decode
 from stillhouse.losses.score import Scores
-from stillhouse.models import load_tokenizer
 from stillhouse.models.token_bytes import bytes_by_id
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.tracking import ChunkEvent, TrainEvent, read_journal

@@ -17,7 +17,8 @@ from helpers.world import TinyWorld
 from stillhouse.checkpoint.choice import newest_manifest
 from stillhouse.config import LoraSection
 from stillhouse.errors import CheckpointError
-from stillhouse.models import load_model, load_tokenizer
+from stillhouse.models.load import load_model
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.student.adapters import initial_student
 from stillhouse.student.export import export, load_trained
 from stillhouse.student.job import TrainJob

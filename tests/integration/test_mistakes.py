@@ -43,7 +43,7 @@ os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
-from stillhouse.models import model_identity
+from stillhouse.models.identity import model_identity
 
 for _ in range(2):
     try:

@@ -28,7 +28,7 @@ from helpers.ranks import RankGroup
 from helpers.training import refuse_outage, train_and_tell
 from helpers.world import TinyWorld
 from stillhouse.logits import decode
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.store import ChunkStore
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob

@@ -24,7 +24,7 @@ from stillhouse.checkpoint.choice import newest_step
 from stillhouse.checkpoint.fence import owner_key
 from stillhouse.cluster.heartbeat import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob

@@ -20,8 +20,8 @@ from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import RunError
 from stillhouse.logits import concatenate
-from stillhouse.models import load_model
 from stillhouse.models.batch import TokenBatch
+from stillhouse.models.load import load_model
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.student.engine import StudentEngine

@@ -29,9 +29,11 @@ from stillhouse.config import CorpusSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.logits import Head, TargetSpec, compress, token_seeds
 from stillhouse.losses.score import Scores
-from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
+from stillhouse.models.load import load_model
+from stillhouse.models.tokenizers import load_tokenizer, tokenizer_digest
 from stillhouse.pipeline.toy import Shape
-from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.packing import prepare_corpus
 
 LESSONS = Lessons(
     3,

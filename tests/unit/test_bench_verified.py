@@ -29,9 +29,9 @@ from stillhouse.bench.verified import (
     teach,
 )
 from stillhouse.graders.number import last_number
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.pipeline import Generation
-from stillhouse.sequences import Split
+from stillhouse.sequences.packing import Split
 
 WRITER = "stillhouse.bench.addition:AdditionWriter"
 NUM_PROMPTS = 700

@@ -13,7 +13,7 @@ from helpers.models import make_model
 from helpers.rollouts import make_shard, write_sums
 from stillhouse.config.generate import load_generate_config
 from stillhouse.graders import identity_of
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.pipeline import Generation, plan_generation
 from stillhouse.store.grader_names import claim_name
 from stillhouse.store.rollout_store import RolloutStore

@@ -10,7 +10,7 @@ import torch
 from helpers.models import make_model
 from stillhouse.cli.check_weights import format_words, quantisation_of, weight_bytes
 from stillhouse.config import TeacherSection
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 
 
 def outline_with(folder: Path, quantisation: dict[str, Any] | None) -> Any:

@@ -19,11 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from stillhouse.cli.demo import run_demo
 from stillhouse.config import CorpusSection, load_config
 from stillhouse.errors import ConfigError
-from stillhouse.models import (
-    check_head,
-    check_packing,
+from stillhouse.models.heads import check_head, check_packing
+from stillhouse.models.load import load_model
+from stillhouse.models.tokenizers import (
     check_same_ids,
-    load_model,
     load_tokenizer,
     tokenizer_digest,
     vocab_size_of,
@@ -41,7 +40,8 @@ from stillhouse.pipeline.toy import (
 )
 from stillhouse.report import write_report
 from stillhouse.sequence import Sequences
-from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.packing import prepare_corpus
 
 CORPUS = CorpusSection(dataset="stdlib", sequence_length=32, max_documents=12, heldout_sequences=16)
 SIZES = Sizes(

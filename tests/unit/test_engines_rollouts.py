@@ -19,7 +19,7 @@ from stillhouse.config import TeacherSection, parse_config
 from stillhouse.engines.rollouts import RolloutsEngine
 from stillhouse.errors import ConfigError, CorpusError, RecipeError, TeacherError
 from stillhouse.logits import CompressedLogits, decode
-from stillhouse.models import load_tokenizer, vocabulary_digest
+from stillhouse.models.tokenizers import load_tokenizer, vocabulary_digest
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.export import card_data, model_card
 from stillhouse.pipeline.labels import label_of

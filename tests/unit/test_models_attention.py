@@ -14,9 +14,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from helpers.models import make_model
 from stillhouse.config import ModelSection
-from stillhouse.models import final_hidden, load_model
 from stillhouse.models.attention import attends_by_document
 from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.heads import final_hidden
+from stillhouse.models.load import load_model
 from stillhouse.sequence import Sequences
 from stillhouse.student.module import checkpoint_activations
 

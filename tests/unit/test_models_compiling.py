@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from helpers.models import make_model
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
-from stillhouse.models import load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.models.compiling import check_compiled, compile_layers
+from stillhouse.models.load import load_model
 from stillhouse.sequence import Sequences
 
 VOCAB_SIZE, NUM_LAYERS = 259, 2

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from helpers.models import make_model
 from stillhouse.config import CutSection, ModelSection, StudentSection, parse_config
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.models import check_head, load_model, write_cut
+from stillhouse.models.cuts import write_cut
+from stillhouse.models.heads import check_head
+from stillhouse.models.load import load_model
 from stillhouse.student.adapters import outline
 
 KEPT = (0, 2, 5)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from helpers.models import make_model
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
-from stillhouse.models import head_of, load_model
 from stillhouse.models.head_files import plan_head, read_head
+from stillhouse.models.heads import head_of
+from stillhouse.models.load import load_model
 
 VOCAB_SIZE = 270  # of the tokenizer; heads have 300 rows
 CASES: dict[str, dict[str, Any]] = {

@@ -12,14 +12,8 @@ from transformers import PreTrainedModel
 from helpers.models import make_model
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
-from stillhouse.models import (
-    check_head,
-    check_packing,
-    compare_head,
-    final_hidden,
-    head_of,
-    load_model,
-)
+from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
+from stillhouse.models.load import load_model
 
 VOCAB_SIZE = 259  # of the tokenizer; heads have 300 rows
 SPECIAL: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from helpers.damage import small_disk
 from helpers.models import make_model
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, ModelError, UserError
-from stillhouse.models import digest_beside, forget_identity, model_identity
+from stillhouse.models.identity import digest_beside, forget_identity, model_identity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

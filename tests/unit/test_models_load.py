@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from helpers.models import make_model
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.models import load_model, resolve_device
+from stillhouse.models.load import load_model, resolve_device
 
 
 @pytest.fixture(scope="module")

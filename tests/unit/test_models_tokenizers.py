@@ -8,7 +8,12 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from stillhouse.errors import ModelError
-from stillhouse.models import check_same_ids, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.models.tokenizers import (
+    check_same_ids,
+    load_tokenizer,
+    tokenizer_digest,
+    vocab_size_of,
+)
 
 
 def edited(

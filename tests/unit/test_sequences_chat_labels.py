@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from stillhouse.config import CorpusSection
-from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.packing import prepare_corpus
 
 LENGTH = 64
 # an assistant's turn has no header, and a system's leaves no trace: a document may begin with an

@@ -20,7 +20,8 @@ from helpers.damage import small_disk
 from helpers.models import CHAT_TEMPLATE, EOS, MIN_VOCAB_SIZE, make_tokenizer
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError, UserError
-from stillhouse.sequences import Corpus, Split, prepare_corpus
+from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.packing import Split, prepare_corpus
 
 QUESTION = {"role": "user", "content": "Which tree is it?"}
 ANSWER = {"role": "assistant", "content": "An old oak."}

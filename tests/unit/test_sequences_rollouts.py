@@ -12,10 +12,10 @@ from helpers.models import make_tokenizer
 from helpers.rollouts import make_shard, small_rollout_recipe
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError, StoreError
-from stillhouse.models import vocabulary_digest
+from stillhouse.models.tokenizers import vocabulary_digest
 from stillhouse.sequence import Sequences
-from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.sequences.accepted import accepted
+from stillhouse.sequences.packing import Split, prepare_corpus
 from stillhouse.sequences.source import CorpusSource, whole
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import CUT, ENDED

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
-from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.sequences.bad_rows import BadRow
 from stillhouse.sequences.documents import load_documents
+from stillhouse.sequences.packing import Split, prepare_corpus
 
 ROWS: list[dict[str, Any]] = [{"text": f"text, {n}\n“of” it", "n": str(n)} for n in range(300)]
 WHOLE_JSON = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

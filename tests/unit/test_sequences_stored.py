@@ -19,7 +19,7 @@ from helpers.models import make_tokenizer
 from helpers.rollouts import make_shard, small_rollout_recipe
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
-from stillhouse.models import vocabulary_digest
+from stillhouse.models.tokenizers import vocabulary_digest
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.sequences.pieces import StoredSequences
 from stillhouse.sequences.source import SequenceSource, item_of, open_sources

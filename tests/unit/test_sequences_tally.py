@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from helpers.models import make_tokenizer
 from helpers.rollouts import make_shard, small_rollout_recipe
 from stillhouse.config import CorpusSection
-from stillhouse.models import vocabulary_digest
-from stillhouse.sequences import prepare_corpus
+from stillhouse.models.tokenizers import vocabulary_digest
+from stillhouse.sequences.packing import prepare_corpus
 from stillhouse.store.grader_names import claim_name
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE

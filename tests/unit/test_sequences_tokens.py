@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from helpers.models import CHAT_TEMPLATE, EOS, make_tokenizer
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
-from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.sequences.conversations import Conversation, form_of
 from stillhouse.sequences.documents import Documents, load_documents
+from stillhouse.sequences.packing import Split, prepare_corpus
 from stillhouse.sequences.tokens import tokenise
 
 QUESTION = {"role": "user", "content": "Which tree is it?"}

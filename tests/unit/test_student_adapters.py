@@ -16,8 +16,8 @@ from helpers.models import make_model
 from helpers.targets import bucketed
 from stillhouse.config import StudentSection, parse_config
 from stillhouse.errors import CheckpointError, ConfigError
-from stillhouse.models import load_model
 from stillhouse.models.batch import TokenBatch
+from stillhouse.models.load import load_model
 from stillhouse.sequence import Sequences
 from stillhouse.student.adapters import (
     frozen_digest,

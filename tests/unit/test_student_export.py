@@ -17,7 +17,8 @@ from helpers.world import TinyWorld
 from stillhouse.atomic import SystemFiles
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError
-from stillhouse.models import load_model, load_tokenizer
+from stillhouse.models.load import load_model
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.pipeline.export import export_run, trained_template
 from stillhouse.pipeline.run_dir import claim
 from stillhouse.student.export import generation_config_of, write_model

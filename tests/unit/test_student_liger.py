@@ -12,7 +12,7 @@ import torch
 from helpers.models import make_model
 from stillhouse.config import StudentSection, parse_config
 from stillhouse.errors import ConfigError
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.student.adapters import outline
 from stillhouse.student.liger import apply_liger
 

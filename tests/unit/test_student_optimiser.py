@@ -12,7 +12,8 @@ from torch import nn
 from helpers.models import make_model
 from stillhouse.config import StudentSection, parse_config
 from stillhouse.errors import ConfigError
-from stillhouse.models import final_hidden, load_model
+from stillhouse.models.heads import final_hidden
+from stillhouse.models.load import load_model
 from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.student.module import checkpoint_activations
 from stillhouse.student.optimiser import (

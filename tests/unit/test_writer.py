@@ -13,7 +13,7 @@ from helpers.models import make_model
 from helpers.rollouts import small_rollout_recipe
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ModelError, TeacherError
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, pack_rollouts
 from stillhouse.writer.block import PromptBlock, written

@@ -24,8 +24,8 @@ from helpers.promptserver import Answer, PromptServer, Teller, flat, killed_at_r
 from helpers.rollouts import small_rollout_recipe
 from stillhouse.config.generate import GenerateConfig, WriterSection
 from stillhouse.errors import ServerError
-from stillhouse.models import load_tokenizer
 from stillhouse.models.token_bytes import bytes_by_id, token_map
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.pipeline import plan_generation
 from stillhouse.servers.chat import Reply, reply_of
 from stillhouse.servers.logprobs import Entry, TokenLogprobs

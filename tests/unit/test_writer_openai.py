@@ -16,7 +16,7 @@ from helpers.promptserver import Answer, Fault, PromptServer, busy, killed_at_re
 from helpers.rollouts import small_rollout_recipe
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ServerError, TeacherError
-from stillhouse.models import load_tokenizer
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.servers.chat import chat_question, text_question
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore

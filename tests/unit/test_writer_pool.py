@@ -13,7 +13,7 @@ from helpers.rollouts import small_rollout_recipe
 from helpers.simulation import Mailbox
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ChangedWeightsError, TeacherError
-from stillhouse.models import ModelIdentity
+from stillhouse.models.identity import ModelIdentity
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.pool.events import Answer, Answered, Died, Event, Passed, Raised, Started
 from stillhouse.store.rollout_recipe import RolloutRecipe

@@ -28,8 +28,8 @@ from stillhouse.engines.probe import mean_kl, require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import ServerError, TeacherError
 from stillhouse.logits import concatenate
-from stillhouse.models import load_tokenizer
 from stillhouse.models.token_bytes import bytes_by_id
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.sequence import WorkItem
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.writer.engine import Prompt

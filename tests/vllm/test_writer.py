@@ -16,7 +16,7 @@ from helpers.vllmtoys import VOCAB_SIZE, make_toy
 from stillhouse.config import VllmSection
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ModelError, TeacherError
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollouts import CUT, ENDED, Rollouts
 from stillhouse.writer.block import PromptBlock, written

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from stillhouse.config.generate import WriterSection
-from stillhouse.models import ModelIdentity, load_tokenizer
+from stillhouse.models.identity import ModelIdentity
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.sampling import uniforms

@@ -30,11 +30,11 @@ from stillhouse.logits import (
 )
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
-from stillhouse.models import head_of
 from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.heads import head_of
 from stillhouse.pipeline.toy import Shape, Sizes, learning_rate_share, llama_config
 from stillhouse.sequence import joined
-from stillhouse.sequences import Corpus
+from stillhouse.sequences.corpus import Corpus
 
 Kind = Literal["text", "everything", "stored", "independent", "weighted", "peer"]
 

@@ -15,7 +15,7 @@ from stillhouse.bench.output import figures_table
 from stillhouse.bench.synthetic import power_law_logits, seeds_of
 from stillhouse.bench.trained import heldout_logits
 from stillhouse.logits import TargetSpec, compress
-from stillhouse.sequences import Corpus
+from stillhouse.sequences.corpus import Corpus
 
 _NUM_TOKENS, _NUM_SYNTHETIC = 128, 32
 _NUM_DRAWS = 50

@@ -25,8 +25,9 @@ from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.logits import CompressedLogits, concatenate
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
-from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.heads import head_of
+from stillhouse.models.load import load_model
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from stillhouse.bench.cost import require_device
 from stillhouse.errors import ConfigError
-from stillhouse.models import save_model
+from stillhouse.models.load import save_model
 
 _HEAD_SIZE = 32  # the least for which vLLM has a kernel on every kind of CPU
 

@@ -31,9 +31,10 @@ from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import EvaluationJob, evaluate
 from stillhouse.logits import TargetSpec
 from stillhouse.losses.score import Scores
-from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.models.load import load_model
+from stillhouse.models.tokenizers import load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.toy import Sizes, demo_config, make_models
-from stillhouse.sequences import Split, prepare_corpus
+from stillhouse.sequences.packing import Split, prepare_corpus
 
 BUDGETS = (24, 48, 128)  # bytes a record
 _PROPOSALS = (0.8, 1.25)  # powers of the teacher's distribution

@@ -12,15 +12,11 @@ from transformers import PreTrainedModel
 
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.models import (
-    final_hidden,
-    head_of,
-    load_model,
-    load_tokenizer,
-    tokenizer_digest,
-    vocab_size_of,
-)
-from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.models.heads import final_hidden, head_of
+from stillhouse.models.load import load_model
+from stillhouse.models.tokenizers import load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.packing import prepare_corpus
 
 DEMO_TEACHER = Path("runs/demo/models/teacher")
 _DOCUMENTS = 100  # the held-out text is in the first of them

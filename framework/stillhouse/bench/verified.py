@@ -28,11 +28,12 @@ from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.config import CorpusSection, ModelSection
 from stillhouse.config.generate import GenerateConfig
-from stillhouse.models import load_model, load_tokenizer, save_model, tokenizer_digest
+from stillhouse.models.load import load_model, save_model
+from stillhouse.models.tokenizers import load_tokenizer, tokenizer_digest
 from stillhouse.pipeline import Generation, Grades, grade, plan_generation
 from stillhouse.pipeline.console import tell_of_wait
 from stillhouse.pipeline.toy import Sizes, llama_config, train_on_text, train_tokenizer
-from stillhouse.sequences import Split, prepare_corpus
+from stillhouse.sequences.packing import Split, prepare_corpus
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.writer.actor import computed, published
 from stillhouse.writer.choice import writer_named

@@ -28,8 +28,8 @@ from stillhouse.config.generate import WriterSection
 from stillhouse.engines.vllm import is_installed
 from stillhouse.errors import ConfigError
 from stillhouse.extension import is_extension
-from stillhouse.models import load_model
 from stillhouse.models.caches import left_padded
+from stillhouse.models.load import load_model
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.writer.choice import writer_named
 from stillhouse.writer.engine import Prompt

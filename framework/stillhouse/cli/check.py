@@ -21,7 +21,8 @@ from stillhouse.cli.findings import (
 from stillhouse.cluster.placement import student_needs
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.errors import ConfigError, ModelError, StoreError
-from stillhouse.models import head_of, load_model
+from stillhouse.models.heads import head_of
+from stillhouse.models.load import load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.plan import require_full_step
 from stillhouse.pipeline.run_dir import changes_since

@@ -29,7 +29,7 @@ from stillhouse.cluster.placement import shortages
 from stillhouse.cluster.session import lacks, remarks
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ConfigError, ModelError, RecipeError, StoreError
-from stillhouse.models import load_model
+from stillhouse.models.load import load_model
 from stillhouse.pipeline import Generation
 from stillhouse.pipeline.generate import require_same
 from stillhouse.pipeline.grading import missing_key, standings

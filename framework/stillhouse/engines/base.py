@@ -18,7 +18,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines.probe import Probe
 from stillhouse.errors import ConfigError
 from stillhouse.logits import Backend, CompressedLogits, TargetSpec, encode, token_seeds
-from stillhouse.models import ModelIdentity
+from stillhouse.models.identity import ModelIdentity
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 

@@ -1,24 +1,10 @@
 """Choosing the teacher engine that a config names, and checking it against the config's target."""
 
-from collections.abc import Mapping
-
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
-from stillhouse.engines.openai import OpenAIEngine
-from stillhouse.engines.rollouts import RolloutsEngine
-from stillhouse.engines.text import TextEngine
-from stillhouse.engines.transformers import TransformersEngine
-from stillhouse.engines.vllm import VllmEngine
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 
-_BUILT_IN: Mapping[str, type[TeacherEngine]] = {
-    "transformers": TransformersEngine,
-    "vllm": VllmEngine,
-    "openai": OpenAIEngine,
-    "text": TextEngine,
-    "rollouts": RolloutsEngine,
-}
 _MEMBERS = ("describe", "identity", "records", "probe", "backend")
 
 
@@ -53,8 +39,9 @@ def engine_named(name: str) -> type[TeacherEngine]:
 
     Raises ConfigError where the user's own cannot be imported or lacks members of TeacherEngine.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
+    built_in = _built_in(name)
+    if built_in is not None:
+        return built_in
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:
@@ -63,3 +50,29 @@ def engine_named(name: str) -> type[TeacherEngine]:
             "all members of TeacherEngine"
         )
     return found
+
+
+def _built_in(name: str) -> type[TeacherEngine] | None:
+    """Imported here, so that a process loads no libraries of other engines."""
+    match name:
+        case "transformers":
+            from stillhouse.engines.transformers import TransformersEngine
+
+            return TransformersEngine
+        case "vllm":
+            from stillhouse.engines.vllm import VllmEngine
+
+            return VllmEngine
+        case "openai":
+            from stillhouse.engines.openai import OpenAIEngine
+
+            return OpenAIEngine
+        case "text":
+            from stillhouse.engines.text import TextEngine
+
+            return TextEngine
+        case "rollouts":
+            from stillhouse.engines.rollouts import RolloutsEngine
+
+            return RolloutsEngine
+    return None

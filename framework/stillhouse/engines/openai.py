@@ -23,8 +23,7 @@ from stillhouse.engines.openai_scores import (
 from stillhouse.engines.probe import Probe, mean_kl
 from stillhouse.errors import ServerError
 from stillhouse.logits import Backend, CompressedLogits
-from stillhouse.models import ModelIdentity
-from stillhouse.models.identity import is_local
+from stillhouse.models.identity import ModelIdentity, is_local
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.sequence import WorkItem
 from stillhouse.servers.access import access_of, served_model

@@ -21,7 +21,7 @@ from stillhouse.engines.openai_scores import Document, Scores, documents_of, tar
 from stillhouse.engines.probe import Probe
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits import Backend, CompressedLogits
-from stillhouse.models import ModelIdentity
+from stillhouse.models.identity import ModelIdentity
 from stillhouse.sequence import WorkItem
 from stillhouse.sequences.rollouts import rollouts_named
 from stillhouse.store import Recipe

@@ -15,7 +15,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines.base import Capabilities, Records, encoded, probe_item, require_no_gpu
 from stillhouse.engines.probe import Probe
 from stillhouse.logits import Backend, CompressedLogits
-from stillhouse.models import ModelIdentity
+from stillhouse.models.identity import ModelIdentity
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 from stillhouse.store.recipe import canonical_json

@@ -29,17 +29,11 @@ from stillhouse.logits import (
     compress_hidden,
     concatenate,
 )
-from stillhouse.models import (
-    ModelIdentity,
-    check_head,
-    check_packing,
-    digest_beside,
-    head_of,
-    load_model,
-    model_identity,
-)
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.models.compiling import as_written, check_compiled, compile_layers
+from stillhouse.models.heads import check_head, check_packing, head_of
+from stillhouse.models.identity import ModelIdentity, digest_beside, model_identity
+from stillhouse.models.load import load_model
 from stillhouse.models.sources import SEVERAL_GPUS
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe

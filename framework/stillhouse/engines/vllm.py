@@ -22,9 +22,9 @@ from stillhouse.engines.vllm_config import tensor_parallel, vllm_config
 from stillhouse.engines.vllm_pooler import PoolerPlan, Question, read_answer, unpack
 from stillhouse.errors import TeacherError
 from stillhouse.logits import Backend, concatenate
-from stillhouse.models import ModelIdentity, digest_beside, model_identity
 from stillhouse.models.batch import TokenBatch
 from stillhouse.models.head_files import plan_head
+from stillhouse.models.identity import ModelIdentity, digest_beside, model_identity
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 

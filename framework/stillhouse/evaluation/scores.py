@@ -25,8 +25,9 @@ from stillhouse.losses.score import (
     scores_of,
     without_teacher,
 )
-from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.heads import head_of
+from stillhouse.models.load import load_model
 from stillhouse.retry import Tell
 from stillhouse.sequence import Sequences
 from stillhouse.tracking import OutageEvent, Tracker

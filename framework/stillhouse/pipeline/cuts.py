@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stillhouse.cluster.placement import Placement
 from stillhouse.config import CutSection
-from stillhouse.models import write_cut
+from stillhouse.models.cuts import write_cut
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Plan
 from stillhouse.pipeline.shared_dirs import require_shared

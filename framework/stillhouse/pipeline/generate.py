@@ -14,7 +14,7 @@ from stillhouse import atomic
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ChangedWeightsError, RecipeError, StoreError
-from stillhouse.models import forget_identity
+from stillhouse.models.identity import forget_identity
 from stillhouse.pipeline.attempt import Outcome, failure_journalled, shown
 from stillhouse.pipeline.console import patient, say
 from stillhouse.pipeline.generation import Generation

@@ -7,14 +7,10 @@ from pathlib import Path
 from stillhouse.cluster.machine import why_too_long
 from stillhouse.config.generate import GenerateConfig
 from stillhouse.errors import ConfigError
-from stillhouse.models import (
-    require_whole_weights,
-    tokenizer_digest,
-    vocab_size_of,
-    vocabulary_digest,
-)
+from stillhouse.models.files import require_whole_weights
 from stillhouse.models.generation import context_length, end_ids
 from stillhouse.models.token_bytes import bytes_by_id
+from stillhouse.models.tokenizers import tokenizer_digest, vocab_size_of, vocabulary_digest
 from stillhouse.pipeline.planning import number_format, pinned, tokenising, tokenizer_of
 from stillhouse.sequences.prompts import Prompts, prepare_prompts
 from stillhouse.store.rollout_recipe import RolloutRecipe

@@ -28,12 +28,11 @@ from stillhouse.engines.rollouts import require_whole_samples
 from stillhouse.errors import ConfigError, StoreError
 from stillhouse.logits import TargetSpec
 from stillhouse.losses.divergences import divergence_named
-from stillhouse.models import (
-    ModelIdentity,
+from stillhouse.models.files import require_whole_weights
+from stillhouse.models.identity import ModelIdentity, model_identity
+from stillhouse.models.tokenizers import (
     check_same_ids,
     load_tokenizer,
-    model_identity,
-    require_whole_weights,
     tokenizer_digest,
     vocab_size_of,
 )

@@ -8,7 +8,7 @@ from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import TeacherSection
 from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.errors import ChangedWeightsError
-from stillhouse.models import forget_identity
+from stillhouse.models.identity import forget_identity
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Targets
 from stillhouse.pipeline.session import Session

@@ -22,10 +22,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillhouse.config import Config, CorpusSection, load_config
-from stillhouse.models import save_model, tokenizer_digest
 from stillhouse.models.batch import TokenBatch, hidden_at
-from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.models.load import save_model
+from stillhouse.models.tokenizers import tokenizer_digest
+from stillhouse.sequences.corpus import Corpus
 from stillhouse.sequences.documents import load_documents
+from stillhouse.sequences.packing import prepare_corpus
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -17,7 +17,7 @@ import numpy as np
 from stillhouse.config import CorpusSection
 from stillhouse.config.corpus import ROLLOUTS
 from stillhouse.errors import CorpusError
-from stillhouse.models import vocabulary_digest
+from stillhouse.models.tokenizers import vocabulary_digest
 from stillhouse.sequences.accepted import accepted
 from stillhouse.sequences.bad_rows import LeftOutError
 from stillhouse.sequences.documents import Documents, refuse_settings

@@ -13,7 +13,7 @@ import numpy as np
 
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
-from stillhouse.models import vocab_size_of
+from stillhouse.models.tokenizers import vocab_size_of
 from stillhouse.sequences.account import Account
 from stillhouse.sequences.bad_rows import BadRow, BadRowError, LeftOutError, require_few, where
 from stillhouse.sequences.chat import TEMPLATE_LIMIT_S, ChatTemplate, Rendered, template_text

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from stillhouse.config import CutSection, LoraSection, StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
-from stillhouse.models import cut_model, load_model
+from stillhouse.models.cuts import cut_model
+from stillhouse.models.load import load_model
 from stillhouse.student.bits import bitsandbytes_for, dequantise, scales_of
 from stillhouse.student.liger import require_liger
 from stillhouse.student.optimiser import client_optimiser

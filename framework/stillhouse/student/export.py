@@ -14,7 +14,7 @@ from stillhouse.atomic import DISK, FileLayer, whole_directory
 from stillhouse.checkpoint.choice import newest_copy
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
-from stillhouse.models import load_model, save_model
+from stillhouse.models.load import load_model, save_model
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell
 from stillhouse.student.adapters import (
     adapter_files,

@@ -14,8 +14,8 @@ from stillhouse.config import StudentSection
 from stillhouse.logits import Head
 from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import divergence_named, forward_kl
-from stillhouse.models import head_of
 from stillhouse.models.batch import hidden_at
+from stillhouse.models.heads import head_of
 from stillhouse.student.adapters import frozen_names
 from stillhouse.student.heldout import HeldoutBatch
 from stillhouse.student.loader import MicroBatch

@@ -1,19 +1,9 @@
 """Choosing the writer engine that a config names."""
 
-from collections.abc import Mapping
-
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 from stillhouse.writer.engine import WriterEngine
-from stillhouse.writer.openai import OpenAIWriter
-from stillhouse.writer.transformers import TransformersWriter
-from stillhouse.writer.vllm import VllmWriter
 
-_BUILT_IN: Mapping[str, type[WriterEngine]] = {
-    "transformers": TransformersWriter,
-    "vllm": VllmWriter,
-    "openai": OpenAIWriter,
-}
 _MEMBERS = ("identity", "weight_hashes", "write")
 
 
@@ -22,8 +12,9 @@ def writer_named(name: str) -> type[WriterEngine]:
 
     Raises ConfigError where the user's own cannot be imported or lacks members of WriterEngine.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
+    built_in = _built_in(name)
+    if built_in is not None:
+        return built_in
     found: type[WriterEngine] = load_extension(name, setting="writer.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:
@@ -32,3 +23,21 @@ def writer_named(name: str) -> type[WriterEngine]:
             "all members of WriterEngine"
         )
     return found
+
+
+def _built_in(name: str) -> type[WriterEngine] | None:
+    """Imported here, so that a process loads no libraries of other engines."""
+    match name:
+        case "transformers":
+            from stillhouse.writer.transformers import TransformersWriter
+
+            return TransformersWriter
+        case "vllm":
+            from stillhouse.writer.vllm import VllmWriter
+
+            return VllmWriter
+        case "openai":
+            from stillhouse.writer.openai import OpenAIWriter
+
+            return OpenAIWriter
+    return None

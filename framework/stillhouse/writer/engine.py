@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.config.generate import WriterSection
-from stillhouse.models import ModelIdentity
+from stillhouse.models.identity import ModelIdentity
 from stillhouse.store.rollout_recipe import RolloutRecipe
 
 

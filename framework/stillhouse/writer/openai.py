@@ -21,9 +21,9 @@ import xxhash
 from stillhouse.config.generate import WriterSection
 from stillhouse.config.servers import WritingSection
 from stillhouse.errors import ServerError
-from stillhouse.models import ModelIdentity, load_tokenizer
-from stillhouse.models.identity import is_local
+from stillhouse.models.identity import ModelIdentity, is_local
 from stillhouse.models.token_bytes import token_map
+from stillhouse.models.tokenizers import load_tokenizer
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.servers.access import access_of, served_model
 from stillhouse.servers.answers import answers_of

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from stillhouse.config.generate import WriterSection
 from stillhouse.engines.probe import hashes_of_weights
-from stillhouse.models import ModelIdentity, digest_beside, load_model, model_identity
 from stillhouse.models.caches import WritersCache, check_cache, left_padded, next_logits
+from stillhouse.models.identity import ModelIdentity, digest_beside, model_identity
+from stillhouse.models.load import load_model
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.sampling import Drawn, draw, uniforms

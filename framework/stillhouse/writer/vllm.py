@@ -13,7 +13,7 @@ from stillhouse.config.generate import WriterSection
 from stillhouse.engines import _vllm_compat
 from stillhouse.engines.vllm_config import vllm_config
 from stillhouse.errors import TeacherError
-from stillhouse.models import ModelIdentity, digest_beside, model_identity
+from stillhouse.models.identity import ModelIdentity, digest_beside, model_identity
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.vllm_worker import SeededDraws, WriterPlan

@@ -16,7 +16,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines.base import Capabilities, Records, draw_seeds, encoded, probe_item
 from stillhouse.engines.probe import Probe
 from stillhouse.logits import Backend, CompressedLogits, compress, concatenate
-from stillhouse.models import ModelIdentity
+from stillhouse.models.identity import ModelIdentity
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 

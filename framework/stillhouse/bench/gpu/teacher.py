@@ -14,7 +14,7 @@ from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
 from stillhouse.bench.synthetic import seeds_of
 from stillhouse.logits import TargetSpec, compress_hidden, encode
-from stillhouse.models import check_head, check_packing, final_hidden, head_of
+from stillhouse.models.heads import check_head, check_packing, final_hidden, head_of
 
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4}  # dense bfloat16, by the datasheets
 _REPEATS = 2  # a forward pass takes seconds at the greatest length
