@@ -63,12 +63,12 @@ demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo
 test: $(INSTALLED)  ## the tests but those of `check`: real Ray, DeepSpeed, S3 protocol and models, small sizes; in parallel, for two cores
 	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts test-vllm
 
-# Two parts run at a time, which is what two cores can do: test-vllm begins, and is installed, when the first of the others ends.
+# Two parts run at a time, which is what two cores can do: test-vllm begins, and is installed, when test-whole ends, the shorter of the others.
 test-whole: $(INSTALLED)
-	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos tests/e2e tests/conformance tests/fuzz
+	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos tests/e2e
 
 test-parts: $(INSTALLED)
-	$(call told_at_its_end,$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/integration tests/unit)
+	$(call told_at_its_end,$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/conformance tests/fuzz tests/integration tests/unit)
 
 test-vllm: $(INSTALLED) $(VLLM)  ## the tests that need vLLM, on the CPU, in an environment of its own
 	$(call told_at_its_end,.venv-vllm/bin/pytest tests/vllm)
