@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,32 @@ def test_killed_between_two_verdicts_the_same_command_goes_on(folder: Path, call
     again, after = Counting(), verdicts(plan)
     assert grade_with({"counting": again}, plan)[0].mean_score == grades.mean_score
     assert (again.asked, verdicts(plan)) == ([], after)
+
+
+class Replacing(Counting):
+    """While it looks at the first shard that it is given, another process writes that one anew."""
+
+    def __init__(self, plan: Generation) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def grade(self, samples: Sequence[Sample]) -> list[float]:
+        if not self.asked:
+            store = self._plan.store
+            shard = store.fetch(0)
+            Path(store.url, store.key(0)).unlink()
+            store.publish(replace(shard, weights_version_S=shard.weights_version_S + 1))
+        return super().grade(samples)
+
+
+def test_a_verdict_on_a_shard_that_was_replaced_meanwhile_does_not_stay(folder: Path) -> None:
+    plan = planned(folder)
+    write_shards(plan, range(2))
+    (grades,) = grade_with({"counting": Replacing(plan)}, plan)
+    assert (grades.num_new, grades.num_shards) == (1, 1)
+    assert [name[-6:] for name in verdicts(plan)] == ["1.json"]
+    (grades,) = grade_with({"counting": Counting()}, plan)
+    assert (grades.num_new, grades.num_shards) == (1, 2)
 
 
 def test_a_command_that_is_killed_by_a_signal_has_published_whole_verdicts(

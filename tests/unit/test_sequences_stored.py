@@ -159,7 +159,7 @@ def test_so_it_does_in_a_mixture_whose_other_part_is_sent_as_ids(
         part
         for number in range(source.num_blocks)
         if isinstance(item := item_of(source, number), StoredItem)
-        for part in item.parts
+        for part in item.block.parts
     ]
     kinds = Counter(map(type, parts))
     assert kinds[StoredSequences] > kinds[Sequences] > 0

@@ -17,6 +17,7 @@ from helpers.rollouts import make_shard, small_rollout_recipe
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.sequence import Sequences
 from stillhouse.store import ChunkMissing
+from stillhouse.store.object_store import Blobs
 from stillhouse.store.rollout_recipe import (
     RolloutRecipe,
     parse_rollout_recipe,
@@ -24,6 +25,7 @@ from stillhouse.store.rollout_recipe import (
 )
 from stillhouse.store.rollout_store import RolloutStore, open_rollouts
 from stillhouse.store.rollouts import CUT, ENDED, Rollouts, pack_rollouts, unpack_rollouts
+from stillhouse.store.verdicts import put_verdict
 
 PLACES = Path(__file__).parents[1] / "golden" / "places" / "rollouts"
 (GOLDEN,) = PLACES.rglob("*.safetensors")
@@ -322,6 +324,22 @@ def test_a_damaged_shard_goes_to_quarantine_and_a_sound_one_stays(store: Rollout
     assert store.published() == {1}
     with pytest.raises(ChunkMissing, match="shard 0 is not in"):
         store.fetch(0)
+
+
+def test_a_verdict_that_arrives_while_its_shard_is_moved_goes_with_it(store: RolloutStore) -> None:
+    class Late(Blobs):
+        def move(self, source: str, destination: str) -> None:
+            if source == store.key(0):
+                grader = {"kind": "exact", "version": 1}
+                fingerprint = store.recipe.fingerprint
+                put_verdict(self, fingerprint, number=0, grader=grader, scores=[0.0] * 4)
+            super().move(source, destination)
+
+    store.publish(make_shard(RECIPE, 0))
+    path = path_of(store, 0)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    assert RolloutStore(Late(store.url), store.recipe).quarantine(0)
+    assert store.verdict_keys(0) == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ It works in this process, and in those of the graders. A verdict is one create-o
 the command can be stopped at any moment and given again, also while `generate` is at work.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,11 +32,20 @@ from stillhouse.sequences.prompts import Prompts
 from stillhouse.sequences.selection import SET_ASIDE_REASON
 from stillhouse.servers.access import access_of
 from stillhouse.servers.client import Access
+from stillhouse.store import ChunkMissing
 from stillhouse.store.grader_names import claim_name, named_graders
 from stillhouse.store.rollout_maintenance import is_begun
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, SET_ASIDE, Rollouts
-from stillhouse.store.verdicts import graded_shards, grader_name, put_verdict, verdicts_of
+from stillhouse.store.verdicts import (
+    graded_shards,
+    grader_name,
+    put_verdict,
+    verdict_key,
+    verdicts_of,
+)
+
+_log = logging.getLogger(__name__)
 
 _Texts = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 
@@ -168,10 +178,18 @@ def grade_with(
     texts = partial(texts_of, tokenizer=tokenizer_of(plan.config.writer))
     for number in published:
         missing = [name for name in graders if number not in done[name]]
-        samples = _samples(plan, number, texts) if missing else []
+        if not missing:
+            continue
+        checksum = store.checksum(number)
+        samples = _samples(plan, number, texts)
         for name in missing:
             scores = _scores(graders[name], samples, failures[name])
             _put(store, number, identities[name], scores)
+            if not _is_still(store, number, checksum):
+                key = verdict_key(fingerprint, grader_name(identities[name]), number)
+                store.withdraw(key)
+                _log.warning("shard %d was replaced while it was graded; grade it again", number)
+                break
             num_new[name] += 1
             num_done += 1
             on_progress(num_done, len(published) * len(graders))
@@ -231,6 +249,14 @@ def _put(
         patience=DEFAULT_PATIENCE,
         tell=tell_of_wait,
     )
+
+
+def _is_still(store: RolloutStore, number: int, checksum: str) -> bool:
+    """Whether the shard with this checksum is still in its place."""
+    try:
+        return store.checksum(number) == checksum
+    except (ChunkMissing, ChunkError):
+        return False
 
 
 def _summary(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from stillhouse.errors import CorpusError
 from stillhouse.sequence import Sequences, joined
-from stillhouse.sequences.pieces import InStore, Located, StoredSequences
+from stillhouse.sequences.pieces import InStore, Located, LocatedBlock, StoredSequences
 from stillhouse.sequences.shuffle import shuffled_order
 from stillhouse.store.rollout_store import RolloutsPlace
 
@@ -56,7 +56,7 @@ class Corpus:
         Raises IndexError out of range, CorpusError where the file is damaged.
         """
         # Read them, a run of neighbours in the file at a time.
-        indices_S = self._indices(start, stop)
+        indices_S = self._indices(np.arange(start, stop))
         data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
         hashes_S = mapped(self.hashes_path)
         runs = np.split(indices_S, np.flatnonzero(np.diff(indices_S) != 1) + 1)
@@ -74,16 +74,21 @@ class Corpus:
             )
         return rows
 
-    def located(self, start: int, stop: int) -> list[Located]:
+    def located(self, start: int, stop: int) -> LocatedBlock:
         """The same sequences, by where they are in a store, if they are in one."""
+        numbers_S = np.arange(start, stop)
+        return LocatedBlock([self.located_at(numbers_S)], numbers_S - start)
+
+    def located_at(self, numbers_S: NDArray[np.int64]) -> Located:
+        """As `located`, of any sequences by their numbers. Raises IndexError, CorpusError."""
         if self.in_store is None:
-            return [self.rows(start, stop)]
-        indices_S = self._indices(start, stop)
+            return joined([self.rows(number, number + 1) for number in numbers_S.tolist()])
+        indices_S = self._indices(numbers_S)
         all_ends, pieces_P4 = mapped(self.in_store.ends_path), mapped(self.in_store.pieces_path)
         ends_S = all_ends[indices_S]
         begins_S = np.where(indices_S == 0, 0, all_ends[indices_S - 1])
         found = [pieces_P4[first:last] for first, last in zip(begins_S, ends_S, strict=True)]
-        stored = StoredSequences(
+        return StoredSequences(
             self.in_store.place,
             self.sequence_length,
             self.in_store.padding,
@@ -91,21 +96,21 @@ class Corpus:
             ends_S=np.cumsum(ends_S - begins_S),
             hashes_S=mapped(self.hashes_path)[indices_S],
         )
-        return [stored]
 
     @property
     def read_from(self) -> list[RolloutsPlace]:
         """The stores that `located` names."""
         return [] if self.in_store is None else [self.in_store.place]
 
-    def _indices(self, start: int, stop: int) -> NDArray[np.int64]:
-        """int64 [stop - start]: of sequences start <= s < stop, in the file. Raises IndexError."""
-        if not 0 <= start < stop <= self.num_sequences:
-            raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
+    def _indices(self, numbers_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [S]: where in the file sequences are. Raises IndexError."""
+        least, most = int(numbers_S.min(initial=0)), int(numbers_S.max(initial=-1))
+        if least < 0 or most >= self.num_sequences or not len(numbers_S):
+            raise IndexError(f"sequences {numbers_S} of a corpus of {self.num_sequences}")
         if self.order_path is None:
-            return np.arange(start, stop)
-        order_S: NDArray[np.int64] = mapped(self.order_path)[start:stop]
-        return order_S
+            return numbers_S
+        order_S: NDArray[np.int64] = mapped(self.order_path)
+        return order_S[numbers_S]
 
     def _run(
         self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int

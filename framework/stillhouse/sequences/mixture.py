@@ -22,7 +22,7 @@ from stillhouse.errors import CorpusError
 from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences, joined
 from stillhouse.sequences.corpus import Corpus
-from stillhouse.sequences.pieces import Located
+from stillhouse.sequences.pieces import LocatedBlock
 from stillhouse.sequences.shuffle import shuffled_order
 from stillhouse.store.rollout_store import RolloutsPlace
 
@@ -54,26 +54,33 @@ class Mixture:
 
     def rows(self, start: int, stop: int) -> Sequences:
         """Sequences start <= s < stop."""
-        return joined([corpus.rows(row, row + 1) for corpus, row in self._places(start, stop)])
+        return joined(
+            [self.corpora[number].rows(row, row + 1) for number, row in self._places(start, stop)]
+        )
 
-    def located(self, start: int, stop: int) -> list[Located]:
-        """The same sequences, of which some are named by where they are in a store."""
-        places = self._places(start, stop)
-        return [part for corpus, row in places for part in corpus.located(row, row + 1)]
+    def located(self, start: int, stop: int) -> LocatedBlock:
+        """The same sequences, a part of each corpus, named by where they are in a store, if they
+        are in one."""
+        of_S, rows_S = np.array(self._places(start, stop)).T
+        parts = [
+            self.corpora[number].located_at(rows_S[of_S == number]) for number in np.unique(of_S)
+        ]
+        order_S = np.empty(stop - start, np.int64)
+        order_S[np.argsort(of_S, kind="stable")] = np.arange(stop - start)
+        return LocatedBlock(parts, order_S)
 
     @property
     def read_from(self) -> list[RolloutsPlace]:
         """The stores that `located` names."""
         return [place for corpus in self.corpora for place in corpus.read_from]
 
-    def _places(self, start: int, stop: int) -> list[tuple[Corpus, int]]:
-        """Of each sequence its corpus, and its number there."""
+    def _places(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Of each sequence the number of its corpus, and its own there."""
         ends_P = np.cumsum(self.counts_P)
         found = []
         for place in self.order_S[start:stop].tolist():
             number = int(np.searchsorted(ends_P, place, side="right"))
-            row = place - int(ends_P[number] - self.counts_P[number])
-            found.append((self.corpora[number], row))
+            found.append((number, place - int(ends_P[number] - self.counts_P[number])))
         return found
 
 

@@ -32,6 +32,15 @@ class StoredSequences:
 Located: TypeAlias = Sequences | StoredSequences
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LocatedBlock:
+    """A block of sequences as parts, laid end to end. Its sequence i is number `order_S[i]` of
+    them."""
+
+    parts: Sequence[Located]
+    order_S: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class InStore:
     """Where the tokens of a corpus are in a store of rollouts, and the files that list its
@@ -55,7 +64,7 @@ class PieceList:
         self, documents: Sequence[Tokens], starts_S: NDArray[np.int64], stops_S: NDArray[np.int64]
     ) -> None:
         """Add sequences: the tokens start <= t < stop of these documents, laid end to end."""
-        if not all(document.origin for document in documents):
+        if any(document.origin is None for document in documents):
             return
         # where pieces begin: with each document, and with each sequence
         ends = np.cumsum([len(document) for document in documents])

@@ -21,7 +21,7 @@ from stillhouse.sequences.account import Account
 from stillhouse.sequences.corpus import Corpus
 from stillhouse.sequences.mixture import Mixture, end_to_end, mixed, shared_out
 from stillhouse.sequences.packing import prepare_corpus
-from stillhouse.sequences.pieces import Located
+from stillhouse.sequences.pieces import LocatedBlock
 from stillhouse.sequences.stored import StoredItem, Work
 from stillhouse.store.rollout_store import RolloutsPlace
 
@@ -115,8 +115,8 @@ class CorpusSource:
     def block(self, number: int) -> Sequences:
         return self.corpus.rows(*self._extent(number))
 
-    def located_block(self, number: int) -> list[Located]:
-        """A block's sequences in their order, by where they are in a store, if they are in one."""
+    def located_block(self, number: int) -> LocatedBlock:
+        """A block's sequences, by where they are in a store, if they are in one."""
         return self.corpus.located(*self._extent(number))
 
     def _extent(self, number: int) -> tuple[int, int]:
@@ -131,13 +131,9 @@ def read_from(source: SequenceSource) -> list[RolloutsPlace]:
 
 def item_of(source: SequenceSource, number: int) -> Work:
     """A block as a teacher is sent it: sequences that are in a store by where they are there."""
-    if not isinstance(source, CorpusSource):
-        return WorkItem(number, source.block(number))
-    parts = source.located_block(number)
-    sequences = [part for part in parts if isinstance(part, Sequences)]
-    if len(sequences) == len(parts):
-        return WorkItem(number, joined(sequences))
-    return StoredItem(number, parts)
+    if isinstance(source, CorpusSource) and source.corpus.read_from:
+        return StoredItem(number, source.located_block(number))
+    return WorkItem(number, source.block(number))
 
 
 def open_sources(

@@ -19,7 +19,7 @@ import numpy as np
 from stillhouse.errors import ChunkError, CorpusError
 from stillhouse.sequence import Sequences, WorkItem, joined
 from stillhouse.sequences.corpus import hashes_of
-from stillhouse.sequences.pieces import Located, StoredSequences
+from stillhouse.sequences.pieces import LocatedBlock, StoredSequences
 from stillhouse.store import ChunkMissing
 from stillhouse.store.rollout_store import RolloutsPlace, open_rollouts
 from stillhouse.store.rollout_tokens import Piece, PieceTokens, RolloutTokens
@@ -32,7 +32,7 @@ class StoredItem:
     """A block of sequences for a teacher to score, some of which it reads from a store."""
 
     number: int
-    parts: Sequence[Located]  # one after the other
+    block: LocatedBlock
     trial: int | None = None  # the one sequence that is wanted
     left_out: frozenset[int] = frozenset()  # sequences that are set aside
 
@@ -45,11 +45,11 @@ class StoredItem:
         return replace(self, left_out=self.left_out | set(rows))
 
 
+Work: TypeAlias = WorkItem | StoredItem  # what a teacher is sent
+
+
 def _open_tokens(place: RolloutsPlace) -> RolloutTokens:
     return RolloutTokens(open_rollouts(*place))
-
-
-Work: TypeAlias = WorkItem | StoredItem  # what a teacher is sent
 
 
 class StoredReader:
@@ -66,14 +66,13 @@ class StoredReader:
         more, and StoreUnavailable."""
         if isinstance(item, WorkItem):
             return item
-        whole = joined([self._located(part) for part in item.parts])
-        found = WorkItem(item.number, whole)
+        parts = [
+            part if isinstance(part, Sequences) else self.read(part) for part in item.block.parts
+        ]
+        found = WorkItem(item.number, joined(parts).select(item.block.order_S))
         if item.left_out:
             found = found.without(item.left_out)
         return found if item.trial is None else found.only(item.trial)
-
-    def _located(self, part: Located) -> Sequences:
-        return part if isinstance(part, Sequences) else self.read(part)
 
     def read(self, stored: StoredSequences) -> Sequences:
         """The sequences. Raises as `work` does."""

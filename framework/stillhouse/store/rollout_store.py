@@ -114,14 +114,15 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
             )
 
         # each by the start of its file
-        def checksum(number: int) -> str:
-            with self.reading(number):
-                start, _ = self.blobs.read_start(self.key(number), START_BYTES)
-            return checksum_in(start, self.recipe.fingerprint, number)
-
         with ThreadPoolExecutor(_REQUESTS) as threads:
-            checksums = threads.map(checksum, range(self.recipe.num_shards))
+            checksums = threads.map(self.checksum, range(self.recipe.num_shards))
             return xxhash.xxh3_64_hexdigest("".join(checksums).encode())
+
+    def checksum(self, number: int) -> str:
+        """Of a shard, as it carries it: one small request. Raises ChunkMissing, ChunkError."""
+        with self.reading(number):
+            start, _ = self.blobs.read_start(self.key(number), START_BYTES)
+        return checksum_in(start, self.recipe.fingerprint, number)
 
     def number_of(self, key: str) -> int | None:
         """The number of the shard with this key; None where it is no shard's key."""
@@ -132,12 +133,18 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
         blobs = self.blobs.under(f"{self.folder}/verdicts")
         return [blob.key for blob in blobs if blob.key.endswith(f"/{number:010d}.json")]
 
+    def withdraw(self, *verdict_keys: str) -> None:
+        """Move verdicts into quarantine/; one that is gone already is no error."""
+        for key in verdict_keys:
+            self._move_into_quarantine(key)
+
     def _move_aside(self, number: int) -> None:
         """A shard's verdicts go with it, and before it: they are on its samples, and must not be
-        taken for verdicts on those that are written in its place."""
-        for key in self.verdict_keys(number):
-            self._move_into_quarantine(key)
+        taken for verdicts on those that are written in its place. A grader may have put one
+        meanwhile; from then on it sees that the shard is gone, and withdraws its own."""
+        self.withdraw(*self.verdict_keys(number))
         self._move_into_quarantine(self.key(number))
+        self.withdraw(*self.verdict_keys(number))
 
     def _check(self, rollouts: Rollouts) -> None:
         """Raise ChunkError unless these are the rollouts that the recipe wants of the shard."""
