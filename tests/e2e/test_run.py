@@ -81,8 +81,9 @@ def undisturbed(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) -> None:
     rows = journal(undisturbed)
-    made_once = Counter(row.chunk for row in rows if isinstance(row, ChunkEvent))
-    assert made_once == Counter(undisturbed.chunks)
+    # a slow teacher's last chunk may be computed a second time, and is published once
+    published = [row.chunk for row in rows if isinstance(row, ChunkEvent) and not row.duplicate]
+    assert Counter(published) == Counter(undisturbed.chunks)
     assert ChunkStore(undisturbed.config.store.url, undisturbed.recipe).published() == set(
         undisturbed.chunks
     )

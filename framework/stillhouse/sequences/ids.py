@@ -40,6 +40,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, num_tokens: int) -> "Tokens":
+        """So many of the document's tokens, or all that it has, without the memory of the rest."""
+        ids, is_label = self.ids[:num_tokens].copy(), self.is_label[:num_tokens].copy()
+        return Tokens(ids, is_label, self.group, self.origin)
+
     def after(self, num_tokens: int) -> "Tokens":
         """What is left of the document behind so many of its tokens."""
         origin = self.origin

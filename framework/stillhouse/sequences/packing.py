@@ -288,20 +288,19 @@ def _padded(
     while remaining:
         ids_SL = np.full((min(remaining, rows_per_batch(length)), length), padding, dtype=np.int32)
         mask_SL = np.zeros(ids_SL.shape, dtype=np.uint8)
-        taken = list(itertools.islice(documents, len(ids_SL)))
+        some = itertools.islice(documents, len(ids_SL))
+        taken = [document.first(length) for document in some]
         if not taken:
             return
         for row, document in enumerate(taken):
-            cut = document.ids[:length]
-            ids_SL[row, : len(cut)] = cut
-            mask_SL[row, : max(0, len(cut) - 1)] = document.is_label[1:length]
+            ids_SL[row, : len(document)] = document.ids
+            mask_SL[row, : max(0, len(document) - 1)] = document.is_label[1:]
         positions_SL = np.tile(np.arange(length, dtype=np.int32), (len(taken), 1))
         rows = Sequences(ids_SL[: len(taken)], positions_SL, mask_SL[: len(taken)])
         kept_S = _with_targets(rows)
         rows = rows.select(kept_S)
-        sizes = np.array([len(document) for document in taken])
-        starts_S = (np.cumsum(sizes) - sizes)[kept_S]
-        pieces.add(taken, starts_S, starts_S + np.minimum(sizes[kept_S], length))
+        ends_S = np.cumsum([len(document) for document in taken])
+        pieces.add(taken, np.append(0, ends_S)[kept_S], ends_S[kept_S])
         remaining -= len(rows)
         yield rows
 

@@ -143,14 +143,14 @@ class ChunkStore(NumberedStore[Recipe]):
 
     def _read_anew(self, number: int, rows: Sequence[int]) -> tuple[ChunkIndex, Chunk]:
         most_bytes = index_bytes(self.recipe, number)
-        with self.reading(number):
+        with self._reading(number):
             head, num_bytes = self.blobs.read_start(self.key(number), most_bytes)
         index = parse_index(head, self.recipe, number, num_bytes=num_bytes)
         return index, self._read_rows(index, rows)
 
     def _read_rows(self, index: ChunkIndex, rows: Sequence[int]) -> Chunk:
         extents = [extent for row in rows for extent in index.row_extents(row)]
-        with self.reading(index.number):
+        with self._reading(index.number):
             pieces = self.blobs.read_extents(self.key(index.number), extents)
         return unpack_rows(index, rows, [pieces[i : i + 4] for i in range(0, len(pieces), 4)])
 

@@ -214,7 +214,7 @@ class NumberedStore(ABC, Generic[RecipeT]):
         """A whole object, unpacked. Raises ChunkMissing if it is not there yet, ChunkError if two
         requests of two kinds find it bad."""
         key = self.key(number)
-        with self.reading(number):
+        with self._reading(number):
             try:
                 return unpack(self.blobs.read(key))
             except ChunkError:  # perhaps damaged on the way alone
@@ -222,7 +222,7 @@ class NumberedStore(ABC, Generic[RecipeT]):
         return unpack(memoryview(again))
 
     @contextmanager
-    def reading(self, number: int) -> Iterator[None]:
+    def _reading(self, number: int) -> Iterator[None]:
         """Name the object in the error: ChunkMissing where it is absent, ChunkError where something
         else than a file is there."""
         try:

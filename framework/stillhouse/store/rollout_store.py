@@ -6,6 +6,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store.chunk_header import START_BYTES
 from stillhouse.store.numbered import NumberedStore
 from stillhouse.store.object_store import Blobs
+from stillhouse.store.ranges import Extent
 from stillhouse.store.rollout_recipe import (
     RolloutRecipe,
     parse_rollout_recipe,
@@ -120,9 +122,18 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
 
     def checksum(self, number: int) -> str:
         """Of a shard, as it carries it: one small request. Raises ChunkMissing, ChunkError."""
-        with self.reading(number):
+        return checksum_in(self.read_start(number), self.recipe.fingerprint, number)
+
+    def read_start(self, number: int) -> memoryview:
+        """The first bytes of a shard, in which its header ends, unchecked. Raises ChunkMissing."""
+        with self._reading(number):
             start, _ = self.blobs.read_start(self.key(number), START_BYTES)
-        return checksum_in(start, self.recipe.fingerprint, number)
+        return start
+
+    def read_extents(self, number: int, extents: Sequence[Extent]) -> list[memoryview]:
+        """As `Blobs.read_extents`, of a shard, unchecked. Raises ChunkMissing."""
+        with self._reading(number):
+            return self.blobs.read_extents(self.key(number), extents)
 
     def number_of(self, key: str) -> int | None:
         """The number of the shard with this key; None where it is no shard's key."""

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.errors import ChunkError
-from stillhouse.store.chunk_header import START_BYTES
 from stillhouse.store.ranges import Extent
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import TokenPlaces, token_places
@@ -56,8 +55,7 @@ class RolloutTokens:
             last = first + piece.stop - piece.start
             extents.append((places.ids_at + 4 * first, places.ids_at + 4 * last))
             extents.append((places.mask_at + first, places.mask_at + last))
-        with self.store.reading(number):
-            found = self.store.blobs.read_extents(self.store.key(number), extents)
+        found = self.store.read_extents(number, extents)
         for (start, end), data in zip(extents, found, strict=True):
             if len(data) != end - start:
                 raise ChunkError(f"shard {number} ends before byte {end}: it is cut short")
@@ -68,8 +66,6 @@ class RolloutTokens:
 
     def _places_in(self, number: int) -> TokenPlaces:
         if number not in self._places:
-            with self.store.reading(number):
-                start, _ = self.store.blobs.read_start(self.store.key(number), START_BYTES)
-            fingerprint = self.store.recipe.fingerprint
+            start, fingerprint = self.store.read_start(number), self.store.recipe.fingerprint
             self._places[number] = token_places(start, fingerprint, number)
         return self._places[number]
