@@ -3,8 +3,7 @@ resumed and reported."""
 
 import os
 import shutil
-import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 from helpers.command import as_toml
+from helpers.commands import Command, CommandServer
 from helpers.models import make_model
 from stillhouse.checkpoint.choice import newest_step
 from stillhouse.store import list_recipes
@@ -64,22 +64,16 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "own.toml"
 
 
-def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
-    command = [
-        str(Path(sys.executable).parent / "stillhouse"),
+def start(config: Path, run_dir: Path, commands: CommandServer) -> Command:
+    path = f"{config.parent / 'outside'}{os.pathsep}{os.environ['PYTHONPATH']}"
+    return commands.start(
         "run",
-        str(config),
+        config,
         "--run-dir",
-        str(run_dir),
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": f"{config.parent / 'outside'}{os.pathsep}{os.environ['PYTHONPATH']}",
-        "XDG_CACHE_HOME": str(config.parent / "cache"),
-    }
-    with (config.parent / "log").open("ab") as log:
-        return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        run_dir,
+        log=config.parent / "log",
+        environment={"PYTHONPATH": path, "XDG_CACHE_HOME": str(config.parent / "cache")},
+    )
 
 
 def rows_of(run_dir: Path) -> list[RunEvent]:
@@ -87,26 +81,30 @@ def rows_of(run_dir: Path) -> list[RunEvent]:
 
 
 @pytest.mark.timeout(600)
-def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path: Path) -> None:
+def test_own_parts_are_killed_resumed_reported_and_named(
+    config: Path, commands: CommandServer, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(OUTSIDE, tmp_path / "outside")
 
     # killed, with its cluster, once some steps are committed
-    process = start(config, run_dir)
+    command = start(config, run_dir, commands)
     deadline = monotonic() + PATIENCE_S
     while not any(isinstance(row, CheckpointEvent) for row in rows_of(run_dir)):
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert monotonic() < deadline, (tmp_path / "log").read_text()
+        assert not command.has_ended(), command.words()
+        assert monotonic() < deadline, command.words()
         sleep(0.02)
-    everything = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for each in everything:
-        each.kill()
-    process.wait()
+    cluster = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    for each in cluster:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     committed = newest_step(str(run_dir / "checkpoints" / "student"))
     assert committed >= 5
 
     # the same command goes on from there
-    assert start(config, run_dir).wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
+    again = start(config, run_dir, commands)
+    assert again.wait(timeout_s=PATIENCE_S) == 0, again.words()
     rows = rows_of(run_dir)
     second = max(index for index, row in enumerate(rows) if isinstance(row, StartEvent))
     steps = [row.step for row in rows[second:] if isinstance(row, TrainEvent)]
@@ -128,6 +126,6 @@ def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path:
     # another text of the divergence does not go on with its checkpoints
     with (tmp_path / "outside" / "own_parts" / "divergence.py").open("a") as file:
         file.write("# another one\n")
-    assert start(config, run_dir).wait(timeout=PATIENCE_S) == 1
+    assert start(config, run_dir, commands).wait(timeout_s=PATIENCE_S) == 1
     refusal = (tmp_path / "log").read_text().rpartition("belongs to another training")[2]
     assert "divergence: found 'own_parts.divergence:squared_hellinger@" in refusal

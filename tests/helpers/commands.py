@@ -139,6 +139,8 @@ def _start(request: dict[str, Any], running: set[int]) -> dict[str, Any]:
     if pid == 0:
         try:
             os.environ |= request["environment"]
+            if path := request["environment"].get("PYTHONPATH"):
+                sys.path[:0] = path.split(os.pathsep)
             _become(request["start"], Path(request["log"]))
         finally:
             os._exit(99)  # never back into the server's loop
