@@ -1,5 +1,5 @@
-"""Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one tiny world to
-train in."""
+"""Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one place where
+commands come from, one tiny world to train in."""
 
 import gc
 import os
@@ -64,6 +64,18 @@ def s3_endpoint() -> Iterator[str]:
 
     with s3_server() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def commands(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Where commands come from: a helpers.commands.CommandServer, a process that has imported
+    everything, once."""
+    from helpers.commands import CommandServer
+
+    caches = str(tmp_path_factory.mktemp("caches"))
+    server = CommandServer({"XDG_CACHE_HOME": caches, "AWS_ENDPOINT_URL": s3_endpoint})
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 its samples once, and nothing that was published changes."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +19,6 @@ from stillhouse.writer.transformers import TransformersWriter
 
 # of which most goes to starting clusters, on a machine that others may use
 pytestmark = pytest.mark.timeout(1200)
-
-
-@pytest.fixture(scope="package")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
-    server = CommandServer({"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("caches"))})
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="package")

@@ -46,7 +46,7 @@ def until(condition: Callable[[], object], *, every_s: float = 0.01) -> None:
 
 
 def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_command_writes_it(
-    tiny_world: TinyWorld, tmp_path: Path
+    tiny_world: TinyWorld, commands: CommandServer, tmp_path: Path
 ) -> None:
     """It is killed when the first bytes of the weights are there."""
     make_model(
@@ -61,16 +61,12 @@ def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_comman
     claim_and_commit(plan)
     out = tmp_path / "exports" / "student"
     out.parent.mkdir()
-    server = CommandServer({"XDG_CACHE_HOME": str(tmp_path / "cache")})
-    try:
-        first = server.start("export", plan.run_dir, out, log=tmp_path / "first.log")
-        until(lambda: any(out.parent.rglob("*.safetensors")) or first.has_ended(), every_s=0.001)
-        first.kill()
-        assert not out.exists()
-        second = server.start("export", plan.run_dir, out, log=tmp_path / "second.log")
-        assert second.wait(timeout_s=PATIENCE_S) == 0, second.words()
-    finally:
-        server.close()
+    first = commands.start("export", plan.run_dir, out, log=tmp_path / "first.log")
+    until(lambda: any(out.parent.rglob("*.safetensors")) or first.has_ended(), every_s=0.001)
+    first.kill()
+    assert not out.exists()
+    second = commands.start("export", plan.run_dir, out, log=tmp_path / "second.log")
+    assert second.wait(timeout_s=PATIENCE_S) == 0, second.words()
     AutoModelForCausalLM.from_pretrained(out)
     assert [*out.parent.iterdir()] == [out]
 
