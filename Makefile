@@ -68,7 +68,7 @@ test-whole: $(INSTALLED)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos tests/e2e
 
 test-parts: $(INSTALLED)
-	$(call told_at_its_end,$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/conformance tests/fuzz tests/integration tests/unit)
+	$(call told_at_its_end,$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/fuzz tests/integration tests/unit tests/conformance)
 
 test-vllm: $(INSTALLED) $(VLLM)  ## the tests that need vLLM, on the CPU, in an environment of its own
 	$(call told_at_its_end,.venv-vllm/bin/pytest tests/vllm)

@@ -145,6 +145,22 @@ def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator) -> No
     assert (found.cause, found.detail, found.num_failures) == ("stalled", "rank 1 was silent", 2)
 
 
+def test_a_hang_that_is_found_late_still_explains_the_peers_that_failed_before(
+    coordinator: Coordinator,
+) -> None:
+    coordinator.begin("late", committed_step=0)
+    coordinator.explain("late", "died", "timed out waiting for rank 1")
+    coordinator.explain("late", "stalled", "rank 1 was silent")
+    found = coordinator.begin("late", committed_step=0)
+    assert found is not None
+    assert (found.cause, found.detail) == ("stalled", "rank 1 was silent")
+    coordinator.explain("late", "notice", "aws: terminate")  # on which all left
+    coordinator.explain("late", "stalled", "rank 1 was silent")
+    found = coordinator.begin("late", committed_step=0)
+    assert found is not None
+    assert found.cause == "notice"
+
+
 def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator) -> None:
     def failures_after(*, committed_step: int) -> int:
         past = coordinator.begin("unlucky", committed_step=committed_step)

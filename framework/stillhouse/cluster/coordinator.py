@@ -152,7 +152,7 @@ class Coordinator:
         return News(cursors, bad_chunks, self._in_our_time(notices), heard_teachers)
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
-        """Why a group's attempt is about to end; the first reason stands."""
+        """Why a group's attempt is about to end; see `RankGroup.explain`."""
         self._ask("explain", group, cause, scrub(detail))
 
     def _sendable(self, event: RunEvent) -> RunEvent:

@@ -65,8 +65,10 @@ class RankGroup:
 
     def explain(self, cause: Cause, detail: str) -> None:
         """Why the attempt ends. The first reason stands: ranks that fail because another did have
-        nothing to add."""
-        self._reason = self._reason or (cause, detail)
+        nothing to add. But a rank that stands still is why its peers timed out, even where it is
+        found later than they are."""
+        if self._reason is None or (cause == "stalled" and self._reason[0] == "died"):
+            self._reason = cause, detail
 
     @property
     def exit_reason(self) -> Cause | None:

@@ -106,7 +106,7 @@ class Corpus:
         """int64 [S]: where in the file sequences are. Raises IndexError."""
         least, most = int(numbers_S.min(initial=0)), int(numbers_S.max(initial=-1))
         if least < 0 or most >= self.num_sequences or not len(numbers_S):
-            raise IndexError(f"sequences {numbers_S} of a corpus of {self.num_sequences}")
+            raise IndexError(f"sequences {least} to {most} of a corpus of {self.num_sequences}")
         if self.order_path is None:
             return numbers_S
         order_S: NDArray[np.int64] = mapped(self.order_path)
