@@ -60,6 +60,21 @@ PRIVATE_OF_OTHERS = {  # beside what the files named _*_compat.py are for
 }
 
 
+LOADED = """
+import sys
+import stillhouse.teacher.actor
+from stillhouse.engines.choice import engine_named
+engines = [engine_named(name) for name in ("text", "rollouts", "openai")]
+heavy = ("accelerate", "datasets", "deepspeed", "pandas", "transformers", "vllm")
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+def test_teachers_without_a_model_load_none_of_the_libraries_of_models() -> None:
+    shown = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, "[]\n"), shown.stderr
+
+
 def test_only_the_compat_files_use_private_names_of_ray_and_deepspeed() -> None:
     package = ROOT / "framework" / "stillhouse"
     texts = {

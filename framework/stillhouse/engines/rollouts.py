@@ -23,7 +23,7 @@ from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits import Backend, CompressedLogits
 from stillhouse.models.identity import ModelIdentity
 from stillhouse.sequence import WorkItem
-from stillhouse.sequences.rollouts import rollouts_named
+from stillhouse.sequences.named_rollouts import rollouts_named
 from stillhouse.store import Recipe
 from stillhouse.store.recipe import canonical_json
 from stillhouse.store.rollout_store import RolloutStore

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stillhouse.config import CorpusSection
-from stillhouse.config.corpus import ROLLOUTS
 from stillhouse.errors import CorpusError
 from stillhouse.models.tokenizers import vocabulary_digest
 from stillhouse.sequences.accepted import accepted
 from stillhouse.sequences.bad_rows import LeftOutError
 from stillhouse.sequences.documents import Documents, refuse_settings
 from stillhouse.sequences.ids import Origin, Tokens
+from stillhouse.sequences.named_rollouts import rollouts_named
 from stillhouse.sequences.shuffle import shuffled_order
 from stillhouse.sequences.tally import Tally
-from stillhouse.store.rollout_store import RolloutStore, open_rollouts
 from stillhouse.store.rollouts import CUT, SET_ASIDE, Rollouts
 
 if TYPE_CHECKING:
@@ -89,14 +88,6 @@ def documents_of_rollouts(
         form=f"samples of {recipe.num_prompts:,} prompts {words}",
         samples=lambda: tally.account(tokenizer),
     )
-
-
-def rollouts_named(dataset: str) -> RolloutStore:
-    """The rollouts of a data set's name with its store, as `CorpusSection.in_store` gives it.
-    Raises RecipeError where there are none."""
-    url, _, fingerprint16 = dataset.removeprefix(ROLLOUTS).rpartition("/")
-    assert url, "planning names the store"
-    return open_rollouts(url, fingerprint16)
 
 
 def _tokens(rollouts: Rollouts, row: int) -> Tokens:
