@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from time import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,6 +144,32 @@ def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator) -> No
     found = coordinator.begin("group", committed_step=4)
     assert found is not None
     assert (found.cause, found.detail, found.num_failures) == ("stalled", "rank 1 was silent", 2)
+
+
+class Repeating:
+    """An actor to which each message comes three times, as Ray sends one again whose
+    acknowledgement was lost."""
+
+    def __init__(self, actor: CoordinatorActor) -> None:
+        self._actor = actor
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        def remote(*arguments: object) -> None:
+            for _ in range(3):
+                getattr(self._actor, method)(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_what_is_mentioned_or_said_and_sent_again_counts_once(tmp_path: Path) -> None:
+    actor = CoordinatorActor(tmp_path / "journal.jsonl")
+    coordinator = Coordinator(Repeating(actor))
+    for number in range(2):
+        coordinator.mention(OutageEvent("teacher", number, "busy"))
+        coordinator.say(f"message {number}")
+    events = read_journal(tmp_path / "journal.jsonl")
+    assert [event.seconds for event in events if isinstance(event, OutageEvent)] == [0, 1]
+    assert actor.take_messages() == ["message 0", "message 1"]
 
 
 def test_a_hang_that_is_found_late_still_explains_the_peers_that_failed_before(

@@ -128,11 +128,11 @@ class Coordinator:
     def mention(self, event: RunEvent) -> None:
         """Write a row where there is a journal that can be written. Returns at once; a failure is
         not reported."""
-        self._actor.mention.remote(self._sendable(event))
+        self._tell_once("mention", self._sendable(event))
 
     def say(self, message: str) -> None:
         """Print a message on the driver's terminal, for what no row holds. Returns at once."""
-        self._actor.say.remote(scrub(message))
+        self._tell_once("say", scrub(message))
 
     def announce(self, node: str, notice: PreemptionNotice) -> None:
         """The machine of Ray's node `node` will be taken away. Returns at once; the first notice
@@ -159,6 +159,10 @@ class Coordinator:
         """The row with its time, and without this process's secrets, which the coordinator does not
         know."""
         return scrubbed(event if event.time else replace(event, time=self.wall()))
+
+    def _tell_once(self, method: str, argument: object) -> None:
+        """Call a method that must not act twice. Returns at once."""
+        self._actor.once.remote(uuid4().hex, method, argument)
 
     def _ask_once(self, method: str, *arguments: object, **named: object) -> Any:
         """As `_ask`, for a method that must not act twice."""
