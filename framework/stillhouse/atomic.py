@@ -290,7 +290,7 @@ def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Pat
 @contextmanager
 def one_at_a_time(directory: Path) -> Iterator[None]:
     """A block that no two processes, and no two threads, are in at the same time for the same
-    directory. Where its file system has no locks of directories they are."""
+    directory. A file system without locks of directories does not hold them apart."""
     with ExitStack() as lock:
         with suppress(OSError):
             lock.enter_context(_locked(directory, wait=True))

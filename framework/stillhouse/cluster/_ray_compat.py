@@ -69,8 +69,8 @@ def on_loopback() -> Iterator[None]:
 
 @contextmanager
 def without_log_monitor() -> Iterator[None]:
-    """A node that Ray starts in this block has no process that hands the logs of its workers to the
-    driver, which `log_to_driver=False` does not want. `ray.init` has no option for it."""
+    """A node that Ray starts in this block has no log monitor, the process that sends the workers'
+    logs to the driver: with `log_to_driver=False` nobody reads them. `ray.init` has no option."""
     node: Any = ray._private.node.Node
     start = node.start_log_monitor
     node.start_log_monitor = lambda _: None
