@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -382,13 +383,32 @@ def test_a_corpus_is_prepared_once_and_then_found_without_its_tokenizer(
 def test_commands_that_prepare_a_corpus_at_the_same_time_all_find_it(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    texts = make_texts(40)
-    wanted = prepare(tmp_path, texts, tokenizer).train.digest
-    for number in range(6):
-        (tmp_path / "cache").rename(tmp_path / f"cache-{number}")
-        with ThreadPoolExecutor(6) as commands:
-            found = commands.map(lambda _: prepare(tmp_path, texts, tokenizer), range(6))
-            assert [split.train.digest for split in found] == [wanted] * 6
+    """Over a damaged copy, which each of them finds and removes."""
+    texts, num_commands = make_texts(40), 6
+    wanted = prepare(tmp_path, texts, tokenizer).train
+    section = CorpusSection.model_validate(
+        {"dataset": str(tmp_path / "corpus.jsonl"), "sequence_length": 16, "heldout_sequences": 2}
+    )
+
+    def prepared(together: Barrier) -> str:
+        def on_progress(num_documents: int, _num_tokens: int) -> None:
+            if num_documents == len(texts):
+                together.wait(timeout=60)  # all have as much left to do
+
+        return prepare_corpus(
+            section,
+            tokenizer,
+            tokenizer_digest="digest",
+            cache_dir=tmp_path / "cache",
+            on_progress=on_progress,
+        ).train.digest
+
+    for _ in range(20):
+        Path(wanted.path).write_bytes(b"")
+        together = Barrier(num_commands)
+        with ThreadPoolExecutor(num_commands) as commands:
+            found = commands.map(prepared, [together] * num_commands)
+            assert list(found) == [wanted.digest] * num_commands
         assert len(list((tmp_path / "cache" / "corpus").iterdir())) == 1
 
 
